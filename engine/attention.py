@@ -1,0 +1,71 @@
+"""Attention metadata: what the model is told about the rows of a step (paged) or of a training batch (packed).
+
+The model calls `attention(layer, q, k, v)` and does not know which of the two it has. Both end in the same kernel, which
+visits keys at fixed absolute positions, so a row's result is the same bits in either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from kernels.attention import PackedPlan, kv_store, packed_attention, paged_attention
+
+if TYPE_CHECKING:
+    from engine.model_config import ModelConfig
+
+
+class Attention(Protocol):
+    """What `Transformer.forward` needs: stores or uses k and v of a layer and returns the attended values [T, N, H]."""
+
+    def __call__(self, layer: int, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagedAttention:
+    """The engine's metadata: keys and values live in the blocks of the KV pool."""
+
+    key_blocks: torch.Tensor  # [L, P, K, H, S] float32
+    value_blocks: torch.Tensor  # [L, P, K, S, H] float32
+    block_tables: torch.Tensor  # [B, max_blocks] int32
+    cu_seqlens_q: torch.Tensor  # [B + 1] int32, first row of each request
+    seq_lens: torch.Tensor  # [B] int32, positions of each request with this step's rows
+    slot_mapping: torch.Tensor  # [T] int64, block * S + slot where each row's key and value go
+    scale: float
+
+    def __call__(self, layer: int, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> torch.Tensor:
+        keys, values = self.key_blocks[layer], self.value_blocks[layer]
+        kv_store(k_TKH, v_TKH, keys, values, self.slot_mapping)
+        return paged_attention(q_TNH, keys, values, self.block_tables, self.cu_seqlens_q, self.seq_lens, self.scale)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """Consecutive rows of a packed batch; their keys are the rows of `parent`, then their own, causally."""
+
+    start_row: int
+    end_row: int
+    parent: int | None = None  # index of an earlier segment: the prompt that these rows continue
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedAttention:
+    """The trainer's metadata: sequences of a packed batch, some of which may share a prompt. Differentiable."""
+
+    plan: PackedPlan
+    scale: float
+
+    @classmethod
+    def from_segments(cls, config: ModelConfig, segments: Sequence[Segment]) -> PackedAttention:
+        """Lays out a packed batch whose rows are covered by `segments` in order, children right after their parent.
+
+        Raises ValueError where the segments leave a gap or a parent does not directly precede its children.
+        """
+        runs = [(s.start_row, s.end_row, -1 if s.parent is None else s.parent) for s in segments]
+        return cls(plan=PackedPlan(runs), scale=config.head_dim**-0.5)
+
+    def __call__(self, layer: int, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> torch.Tensor:
+        return packed_attention(q_TNH, k_TKH, v_TKH, self.plan, self.scale)

@@ -1,0 +1,143 @@
+"""EngineConfig: every option of an inference engine, checked once when it is made."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import Literal
+
+from engine.model_config import ModelConfig
+
+__all__ = ["EngineConfig", "ModelConfig", "reject_unknown_options"]
+
+Numerics = Literal["auto", "float32"]
+KVCacheDtype = Literal["auto", "float32"]
+Device = Literal["auto", "cpu"]
+
+BLOCK_SIZE_MULTIPLE = 16  # the attention kernels' lanes run over this many slots
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Options of one engine. `model` may be given by position, the others by name.
+
+    Raises ValueError for a value out of range and TypeError, with the list of options, for an unknown name.
+    """
+
+    model: str  # a Hugging Face directory, a .gguf file, "smollm2-135m-instruct" (packaged), or a hub id
+    _: KW_ONLY
+    numerics: Numerics = "auto"  # the numerics profile; "auto" is float32
+    kv_cache_dtype: KVCacheDtype = "auto"  # "auto" follows numerics
+    device: Device = "auto"
+    num_threads: int | None = None  # kernel threads; None becomes the number of cores this process may use
+    block_size: int = 16  # tokens in one KV block, a multiple of 16
+    num_blocks: int | None = None  # size of the KV pool in blocks; None derives it from kv_cache_memory_bytes
+    kv_cache_memory_bytes: int | None = None  # size of the KV pool in bytes; None lets the engine choose
+    max_model_len: int | None = None  # longest prompt + completion; None is the model's context length
+    max_num_seqs: int = 256  # samples that run at once
+    max_num_batched_tokens: int = 2048  # token budget of one step
+    long_prefill_token_threshold: int = 0  # most tokens one request may take of a step; 0 is no limit
+    enable_prefix_caching: bool = True
+    async_scheduling: bool | Literal["auto"] = "auto"  # "auto" is off: the device is the host
+    num_scheduler_steps: int = 1  # decode steps in one scheduling cycle
+    seed: int = 0  # requests without a seed derive theirs from it
+
+    def __new__(cls, *args: object, **options: object) -> EngineConfig:
+        reject_unknown_options(cls, options)
+        return object.__new__(cls)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", _model_name(self.model))
+        if self.num_threads is None:
+            object.__setattr__(self, "num_threads", available_cores())
+        self._check_choices()
+        self._check_ranges()
+
+    def _check_choices(self) -> None:
+        _require_choice("numerics", self.numerics, ("auto", "float32"))
+        _require_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto", "float32"))
+        _require_choice("device", self.device, ("auto", "cpu"))
+        _require_choice("async_scheduling", self.async_scheduling, ("auto", False))
+        _require_choice("num_scheduler_steps", self.num_scheduler_steps, (1,))
+        _require_choice("enable_prefix_caching", self.enable_prefix_caching, (True, False))
+
+    def _check_ranges(self) -> None:
+        for name in ("num_threads", "block_size", "max_num_seqs", "max_num_batched_tokens"):
+            _require_int(name, getattr(self, name), minimum=1)
+        for name, minimum in (("num_blocks", 1), ("kv_cache_memory_bytes", 1), ("max_model_len", 2)):
+            if getattr(self, name) is not None:
+                _require_int(name, getattr(self, name), minimum=minimum)
+        _require_int("long_prefill_token_threshold", self.long_prefill_token_threshold, minimum=0)
+        _require_int("seed", self.seed, minimum=0, maximum=2**64 - 1)
+        if self.block_size % BLOCK_SIZE_MULTIPLE:
+            raise ValueError(f"block_size={self.block_size} must be a multiple of {BLOCK_SIZE_MULTIPLE}")
+        if self.num_blocks is not None and self.kv_cache_memory_bytes is not None:
+            raise ValueError(
+                f"num_blocks={self.num_blocks} and kv_cache_memory_bytes={self.kv_cache_memory_bytes} both size the "
+                "KV pool: give one of them"
+            )
+
+    def resolve_max_model_len(self, model_config: ModelConfig) -> int:
+        """The longest prompt + completion, in tokens: as asked for, or all that the model can do.
+
+        A model with sliding-window attention is run up to its window, inside which the window changes nothing.
+        Raises ValueError where more is asked for than the model can do.
+        """
+        limit = model_config.context_length
+        window = model_config.sliding_window
+        if self.max_model_len is None:
+            if window is not None:
+                logger.warning(
+                    "max_model_len is %d, the sliding window of this model, not its %d positions: "
+                    "attention beyond the window is not available",
+                    limit,
+                    model_config.max_position_embeddings,
+                )
+            return limit
+        if self.max_model_len > limit:
+            reason = "sliding window" if window is not None else "context length (max_position_embeddings)"
+            raise ValueError(f"max_model_len={self.max_model_len} exceeds the model's {reason} of {limit}: lower it")
+        return self.max_model_len
+
+
+def available_cores() -> int:
+    """Cores that this process may run on, which in a container or under taskset are fewer than the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def reject_unknown_options(options_class: type, options: dict[str, object]) -> None:
+    """Raises TypeError, naming the nearest option and all that exist, if `options` has a name that the class lacks."""
+    known = [field.name for field in fields(options_class) if field.init]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else "."
+            raise TypeError(f"{options_class.__name__} has no option {name!r}{hint} Options: {', '.join(known)}")
+
+
+def _model_name(model: object) -> str:
+    if not isinstance(model, (str, os.PathLike)) or not str(model).strip():
+        raise ValueError(f"model={model!r} must be a directory, a .gguf file, 'smollm2-135m-instruct' or a hub id")
+    return os.fspath(model)
+
+
+def _require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    # by type as well, since 1 == True in Python
+    if not any(value == choice and isinstance(value, type(choice)) for choice in choices):
+        available = " or ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name}={value!r} is not available in this version: use {available}")
+
+
+def _require_int(name: str, value: object, minimum: int, maximum: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}={value!r} must be an integer")
+    if value < minimum:
+        raise ValueError(f"{name}={value} must be at least {minimum}")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{name}={value} must be at most {maximum}")

@@ -1,0 +1,209 @@
+"""ModelConfig: what a model's config.json says about its arithmetic, checked to be something we compute exactly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SUPPORTED_ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",  # Llama, SmolLM, SmolLM2
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+# What a config that leaves an entry out means by it, for each of the families above (transformers' defaults).
+_DEFAULT_ROPE_THETA = 10000.0
+_DEFAULT_RMS_NORM_EPS = 1e-6
+_DEFAULT_SLIDING_WINDOW = 4096
+_DEFAULT_MAX_WINDOW_LAYERS = 28
+_QWEN3_HEAD_DIM = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The sizes and constants of a dense decoder (Llama, Mistral, Qwen2 or Qwen3)."""
+
+    architecture: str
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    attention_bias: bool = False  # q, k and v projections have a bias
+    attention_output_bias: bool = False  # the o projection has one
+    has_qk_norm: bool = False  # RMSNorm over each head of q and k, before rotary
+    eos_token_ids: tuple[int, ...] = ()
+    sliding_window: int | None = None  # only where it is shorter than max_position_embeddings
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs")
+        for token_id in self.eos_token_ids:
+            if not 0 <= token_id < self.vocab_size:
+                raise ValueError(f"eos_token_id={token_id} is outside the vocabulary of {self.vocab_size} tokens")
+
+    @property
+    def context_length(self) -> int:
+        """The longest sequence that this model is computed exactly for, in tokens."""
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> ModelConfig:
+        """Reads config.json (and the end tokens of generation_config.json); ValueError as in `from_dict`."""
+        return cls.from_dict(read_config_dict(directory))
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> ModelConfig:
+        """Reads the entries of a Hugging Face config.json, of transformers 4 or 5.
+
+        Raises ValueError for an unsupported architecture or any option that would change the arithmetic.
+        """
+        architecture = _architecture(config)
+        model_type = SUPPORTED_ARCHITECTURES[architecture]
+        _check_arithmetic(config)
+        num_heads, num_layers = _size(config, "num_attention_heads"), _size(config, "num_hidden_layers")
+        max_position_embeddings = _size(config, "max_position_embeddings")
+        has_bias_option = model_type in ("llama", "qwen3") and bool(config.get("attention_bias", False))
+        return cls(
+            architecture=architecture,
+            model_type=model_type,
+            vocab_size=_size(config, "vocab_size"),
+            hidden_size=_size(config, "hidden_size"),
+            intermediate_size=_size(config, "intermediate_size"),
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=_size(config, "num_key_value_heads", num_heads),
+            head_dim=_head_dim(config, model_type, num_heads),
+            rms_norm_eps=float(config.get("rms_norm_eps", _DEFAULT_RMS_NORM_EPS)),
+            rope_theta=_rope_theta(config),
+            max_position_embeddings=max_position_embeddings,
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            attention_bias=has_bias_option or model_type == "qwen2",
+            attention_output_bias=has_bias_option,
+            has_qk_norm=model_type == "qwen3",
+            eos_token_ids=_token_ids(config.get("eos_token_id")),
+            sliding_window=_sliding_window(config, model_type, num_layers, max_position_embeddings),
+        )
+
+
+def read_config_dict(directory: str | Path) -> dict[str, Any]:
+    """The entries of config.json; its `eos_token_id` also has those of generation_config.json, which chat models need.
+
+    Raises ValueError where there is no readable config.json.
+    """
+    config = _read_json(Path(directory) / "config.json")
+    generation_config = Path(directory) / "generation_config.json"
+    if generation_config.is_file():
+        generation_ids = _token_ids(_read_json(generation_config).get("eos_token_id"))
+        token_ids = dict.fromkeys(_token_ids(config.get("eos_token_id")) + generation_ids)
+        if len(token_ids) > 1:
+            config["eos_token_id"] = list(token_ids)
+        elif token_ids:
+            config["eos_token_id"] = next(iter(token_ids))
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path.parent} has no {path.name}: a model directory in Hugging Face format is needed")
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(entries).__name__}")
+    return entries
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    architectures = config.get("architectures") or [
+        name for name, model_type in SUPPORTED_ARCHITECTURES.items() if model_type == config.get("model_type")
+    ]
+    supported = ", ".join(SUPPORTED_ARCHITECTURES)
+    if not architectures:
+        raise ValueError(f"model_type={config.get('model_type')!r} is not supported: use one of {supported}")
+    if architectures[0] not in SUPPORTED_ARCHITECTURES:
+        raise ValueError(f"architecture {architectures[0]!r} is not supported: use one of {supported}")
+    return architectures[0]
+
+
+def _check_arithmetic(config: Mapping[str, Any]) -> None:
+    activation = config.get("hidden_act") or "silu"
+    if activation not in ("silu", "swish"):
+        raise ValueError(f"hidden_act={activation!r} is not supported: only 'silu' is")
+    if config.get("mlp_bias"):
+        raise ValueError("mlp_bias=true is not supported: only feed-forward layers without a bias are")
+    if config.get("quantization_config"):
+        raise ValueError("quantization_config is not supported: use the float32, bfloat16 or float16 checkpoint")
+    unknown = set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise ValueError(f"layer_types has {sorted(unknown)}: only full_attention and sliding_attention are supported")
+
+
+def _rope_theta(config: Mapping[str, Any]) -> float:
+    theta = config.get("rope_theta") or _DEFAULT_ROPE_THETA
+    for entry in ("rope_scaling", "rope_parameters"):
+        parameters = config.get(entry) or {}
+        rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+        if rope_type != "default" or any(isinstance(value, Mapping) for value in parameters.values()):
+            raise ValueError(
+                f"{entry}={dict(parameters)} is not supported: only plain rotary embedding, without scaling"
+            )
+        theta = parameters.get("rope_theta", theta)
+        partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+        if partial not in (None, 1.0):
+            raise ValueError(f"partial_rotary_factor={partial} is not supported: only whole heads are rotated")
+    return float(theta)
+
+
+def _head_dim(config: Mapping[str, Any], model_type: str, num_heads: int) -> int:
+    if config.get("head_dim") is not None or model_type == "qwen3":
+        return _size(config, "head_dim", _QWEN3_HEAD_DIM)
+    hidden_size = _size(config, "hidden_size")
+    if hidden_size % num_heads:
+        raise ValueError(
+            f"hidden_size={hidden_size} is not a multiple of num_attention_heads={num_heads}: give head_dim"
+        )
+    return hidden_size // num_heads
+
+
+def _sliding_window(config: Mapping[str, Any], model_type: str, num_layers: int, num_positions: int) -> int | None:
+    if model_type == "llama" or (model_type != "mistral" and not _has_sliding_layers(config, num_layers)):
+        return None
+    window = config.get("sliding_window", _DEFAULT_SLIDING_WINDOW)
+    return window if window is not None and window < num_positions else None
+
+
+def _has_sliding_layers(config: Mapping[str, Any], num_layers: int) -> bool:
+    if not config.get("use_sliding_window", False):
+        return False
+    if config.get("layer_types") is not None:
+        return "sliding_attention" in config["layer_types"]
+    return config.get("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS) < num_layers
+
+
+def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = default if config.get(name) is None else config[name]
+    if value is None:
+        raise ValueError(f"the model's config has no {name!r}, which is needed")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} in the model's config must be a positive integer")
+    return value
+
+
+def _token_ids(entry: int | list[int] | None) -> tuple[int, ...]:
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, int) else tuple(entry)

@@ -1,0 +1,59 @@
+"""ModelRunner: holds the weights and the KV storage of one device, and runs the plan of a step."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.attention import PagedAttention
+from engine.input_batch import InputBatch
+from engine.model import NamedTensors, Transformer
+from engine.model_config import ModelConfig
+from engine.sampler import Sampler
+from engine.scheduler import ModelRunnerOutput, SchedulerOutput
+from kernels.attention import check_attention_shape, copy_blocks
+
+
+class ModelRunner:
+    """Executes steps on the CPU. Storage of weights and KV is allocated once and never moves."""
+
+    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int) -> None:
+        check_attention_shape(config.head_dim, block_size)
+        self.config, self.block_size = config, block_size
+        self.model = Transformer(config)
+        self.sampler = Sampler(self.model.lm_head)
+        self.policy_version = 0
+        # Keys, then values: [2, L, P, K * H * S]. Unwritten pages of it cost no memory.
+        width = config.num_kv_heads * config.head_dim * block_size
+        self.kv_storage = torch.empty(2, config.num_layers, num_blocks, width)
+        shape = (config.num_layers, num_blocks, config.num_kv_heads, config.head_dim, block_size)
+        self.key_blocks = self.kv_storage[0].view(shape)
+        self.value_blocks = self.kv_storage[1].view(*shape[:3], block_size, config.head_dim)
+
+    def load_weights(self, named_tensors: NamedTensors, policy_version: int) -> bytes:
+        """Replaces the weights in place, all or none; their checksum. See `Transformer.load_weights` for the errors."""
+        checksum = self.model.load_weights(named_tensors)
+        self.policy_version = policy_version
+        return checksum
+
+    @torch.inference_mode()
+    def execute_model(self, plan: SchedulerOutput) -> ModelRunnerOutput:
+        """Copies blocks, computes every scheduled row, and draws for those that caught up."""
+        version = self.policy_version
+        if plan.is_empty:
+            return ModelRunnerOutput(token_ids=[], logprobs=[], policy_version=version)
+        copy_blocks(self.kv_storage.flatten(0, 1), plan.block_copies)
+        batch = InputBatch.from_plan(plan, self.block_size)
+        hidden_TD = self.model(batch.input_ids, batch.positions, self._attention(batch))
+        token_ids, logprobs = self.sampler(hidden_TD, batch)
+        return ModelRunnerOutput(token_ids=token_ids, logprobs=logprobs, policy_version=version)
+
+    def _attention(self, batch: InputBatch) -> PagedAttention:
+        return PagedAttention(
+            key_blocks=self.key_blocks,
+            value_blocks=self.value_blocks,
+            block_tables=batch.block_tables,
+            cu_seqlens_q=batch.cu_seqlens_q,
+            seq_lens=batch.seq_lens,
+            slot_mapping=batch.slot_mapping,
+            scale=self.config.head_dim**-0.5,
+        )

@@ -1,0 +1,61 @@
+"""Outputs: what the engine hands back, token by token and when a sample is finished."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(slots=True, kw_only=True)
+class Completion:
+    """One finished sample of a request; the three lists have one entry per generated token."""
+
+    request_id: str
+    index: int  # which of the request's n samples
+    token_ids: list[int]  # with the token that stopped it
+    logprobs: list[float]  # each exactly a float32, under the distribution the token was drawn from
+    policy_versions: list[int]  # the weights each token was drawn under
+    finish_reason: FinishReason
+    stop_reason: int | str | None  # the stop token id or stop string; None for an end token, length and abort
+    text: str  # without the stop string or stop token; "" where the engine has no tokenizer
+    is_exact: bool  # False where a token was drawn on keys and values of older weights
+
+
+@dataclass(slots=True)
+class NewToken:
+    """One token drawn in a step."""
+
+    request_id: str
+    index: int
+    token_id: int
+    logprob: float
+    policy_version: int
+
+
+@dataclass(slots=True, kw_only=True)
+class StepOutput:
+    """What one engine step gave, in the order of the running requests."""
+
+    new_tokens: list[NewToken] = field(default_factory=list)
+    finished: list[Completion] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """The engine's gauges and, from `num_preemptions` on, its counters since it was built."""
+
+    num_requests_running: int  # samples that hold blocks, or wait for their group's prompt to be computed
+    num_requests_waiting: int  # samples in the queue
+    num_blocks: int
+    num_free_blocks: int
+    kv_cache_usage: float  # 0..1
+    num_preemptions: int
+    prefix_cache_queries: int  # tokens looked up
+    prefix_cache_hits: int  # tokens found
+    prefix_cache_hit_rate: float  # 0..1
+    num_steps: int
+    num_scheduled_tokens: int
+    num_generated_tokens: int
+    policy_version: int

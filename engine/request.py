@@ -1,0 +1,167 @@
+"""Request: one sample of one prompt, and everything the scheduler knows about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from engine.detokenizer import Detokenizer, Tokenizer
+from engine.outputs import Completion, FinishReason
+from engine.sampling_params import SamplingParams
+
+
+class RequestStatus(Enum):
+    WAITING = auto()
+    RUNNING = auto()
+    PREEMPTED = auto()  # waiting again, because the blocks ran out
+    FINISHED = auto()
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Request:
+    """Mutable state of one sample; the scheduler owns it once it is added.
+
+    The samples of one prompt form a group. Its leader (index 0) computes the prompt for all; until then the others
+    are the leader's `siblings` and are nowhere else. After the fork every sample is a request of its own.
+    """
+
+    request_id: str
+    index: int = 0
+    prompt_token_ids: list[int] = field(repr=False)
+    params: SamplingParams
+    seed: int = 0  # 64 bits; the same for all samples of a request, the index tells them apart
+    priority: int = 0  # smaller goes first
+    cache_salt: str = ""  # requests of different salts share no blocks
+    arrival: int = 0  # stamped by the scheduler
+    eos_token_ids: frozenset[int] = frozenset()
+    detokenizer: Detokenizer | None = field(default=None, repr=False)
+    siblings: tuple[Request, ...] = field(default=(), repr=False)
+
+    token_ids: list[int] = field(init=False, repr=False)  # prompt, then output
+    num_prompt_tokens: int = field(init=False)
+    num_computed_tokens: int = 0  # tokens whose keys and values are stored, the step under way included
+    num_cached_tokens: int = 0  # of these, not computed for this request but found
+    block_ids: list[int] = field(default_factory=list, repr=False)
+    block_hashes: list[bytes] = field(default_factory=list, repr=False)  # of the full blocks, as far as needed yet
+    has_mixed_kv: bool = False  # some keys and values are of older weights
+    logprobs: list[float] = field(default_factory=list, repr=False)
+    policy_versions: list[int] = field(default_factory=list, repr=False)
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    is_exact: bool = True
+    num_preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_token_ids)
+        self.num_prompt_tokens = len(self.prompt_token_ids)
+
+    @classmethod
+    def create_group(
+        cls,
+        *,
+        request_id: str,
+        prompt_token_ids: Iterable[int],
+        params: SamplingParams,
+        seed: int,
+        priority: int = 0,
+        cache_salt: str = "",
+        eos_token_ids: Iterable[int] = (),
+        tokenizer: Tokenizer | None = None,
+    ) -> Request:
+        """The leader of `params.n` samples of one prompt, with its siblings."""
+        prompt = list(prompt_token_ids)
+        eos = frozenset(eos_token_ids)
+        samples = [
+            cls(
+                request_id=request_id,
+                index=index,
+                prompt_token_ids=prompt,
+                params=params,
+                seed=seed,
+                priority=priority,
+                cache_salt=cache_salt,
+                eos_token_ids=eos,
+                detokenizer=None if tokenizer is None else Detokenizer(tokenizer, prompt, params.stop),
+            )
+            for index in range(params.n)
+        ]
+        leader = samples[0]
+        leader.siblings = tuple(samples[1:])
+        return leader
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_seats(self) -> int:
+        """Places of max_num_seqs it takes: a leader holds those of its siblings until they are forked."""
+        return 1 + len(self.siblings)
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Place in every queue: priority, then arrival, then sample."""
+        return (self.priority, self.arrival, self.index)
+
+    def append_token(self, token_id: int, logprob: float, policy_version: int) -> None:
+        self.token_ids.append(token_id)
+        self.logprobs.append(logprob)
+        self.policy_versions.append(policy_version)
+        if self.has_mixed_kv:
+            self.is_exact = False
+
+    def check_stop(self, max_model_len: int) -> bool:
+        """Whether the token just appended is the last one; sets finish_reason and stop_reason if so."""
+        params = self.params
+        token_id = self.token_ids[-1]
+        num_output_tokens = len(self.token_ids) - self.num_prompt_tokens
+        can_stop = num_output_tokens >= params.min_tokens
+        if can_stop and token_id in self.eos_token_ids and not params.ignore_eos:
+            return self._finish("stop", None)
+        if can_stop and token_id in params.stop_token_ids:
+            return self._finish("stop", token_id)
+        if params.stop:
+            assert self.detokenizer is not None, "stop strings need a detokenizer"
+            stop = self.detokenizer.append(token_id, can_stop)
+            if stop is not None:
+                return self._finish("stop", stop)
+        if num_output_tokens >= params.max_tokens or len(self.token_ids) >= max_model_len:
+            return self._finish("length", None)
+        return False
+
+    def _finish(self, finish_reason: FinishReason, stop_reason: int | str | None) -> bool:
+        self.finish_reason = finish_reason
+        self.stop_reason = stop_reason
+        return True
+
+    def to_completion(self) -> Completion:
+        """The finished sample as the caller sees it."""
+        assert self.finish_reason is not None, f"request {self.request_id!r} is not finished"
+        return Completion(
+            request_id=self.request_id,
+            index=self.index,
+            token_ids=self.output_token_ids,
+            logprobs=self.logprobs,
+            policy_versions=self.policy_versions,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            text=self._text(),
+            is_exact=self.is_exact,
+        )
+
+    def _text(self) -> str:
+        if self.detokenizer is None:
+            return ""
+        is_stop_token = self.finish_reason == "stop" and not isinstance(self.stop_reason, str)
+        token_ids = self.output_token_ids
+        return self.detokenizer.finish(token_ids[:-1] if is_stop_token else token_ids)

@@ -1,0 +1,495 @@
+"""Scheduler: decides how many tokens of which request run in the next step, and takes in what the step gave.
+
+There is no prefill and no decode: every request's `num_computed_tokens` chases its `num_tokens`, and one token budget
+is dealt out each step, to running requests first and then to waiting ones. Both queues are kept in one order
+(priority, arrival, sample). So when blocks run out the victim is always the tail of the running requests, which the
+step has not reached yet, and the first of them always goes on: nothing starves and nothing deadlocks.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Literal, Protocol
+
+from engine.block_pool import BlockPool, hash_block, root_hash
+from engine.outputs import Completion, EngineStats, NewToken, StepOutput
+from engine.request import Request, RequestStatus
+
+_order = attrgetter("order")
+
+
+class SchedulerConfig(Protocol):
+    """The part of EngineConfig that the scheduler reads; `max_model_len` is resolved to a number."""
+
+    @property
+    def max_num_seqs(self) -> int: ...
+    @property
+    def max_num_batched_tokens(self) -> int: ...
+    @property
+    def long_prefill_token_threshold(self) -> int: ...
+    @property
+    def max_model_len(self) -> int | None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduledRequest:
+    """One request's share of a step: positions [start, start + num_tokens)."""
+
+    request: Request
+    start: int  # first position computed; request.num_computed_tokens is already past the last one
+    num_tokens: int
+    samples: tuple[Request, ...]  # who draws from the last row: nobody, the request, or a leader and its siblings
+
+
+@dataclass(slots=True, kw_only=True)
+class SchedulerOutput:
+    """The plan of one step."""
+
+    scheduled: list[ScheduledRequest]
+    block_copies: list[tuple[int, int]]  # (source, destination), made in this order before the step stores anything
+    num_scheduled_tokens: int
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.scheduled
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRunnerOutput:
+    """What the model runner drew: one entry for each of `scheduled[i].samples`, in order."""
+
+    token_ids: list[int]
+    logprobs: list[float]  # each exactly a float32
+    policy_version: int  # of the weights at launch
+
+
+@dataclass(slots=True)
+class _Plan:
+    """A step being put together."""
+
+    token_budget: int
+    scheduled: list[ScheduledRequest] = field(default_factory=list)
+    block_copies: list[tuple[int, int]] = field(default_factory=list)
+    num_promised_blocks: int = 0  # that the scheduled requests still need before all of them decode
+
+
+class Scheduler:
+    """Owns every unfinished request. A step is `schedule()`, its execution, `update_from_output()`."""
+
+    def __init__(self, config: SchedulerConfig, block_pool: BlockPool, weights_checksum: bytes = b"") -> None:
+        assert config.max_model_len is not None, "max_model_len must be resolved before the scheduler is built"
+        self.block_pool = block_pool
+        self.weights_checksum = weights_checksum
+        self.max_model_len = config.max_model_len
+        self.max_num_seqs = config.max_num_seqs
+        self.max_num_batched_tokens = config.max_num_batched_tokens
+        self.max_tokens_per_request = config.long_prefill_token_threshold or config.max_num_batched_tokens
+        self.running: list[Request] = []
+        self.waiting: list[Request] = []
+        self.num_preemptions = 0
+        self.num_steps = 0
+        self.num_scheduled_tokens = 0
+        self.num_generated_tokens = 0
+        self.prefix_cache_queries = 0
+        self.prefix_cache_hits = 0
+        self._unfinished: dict[str, list[Request]] = {}
+        self._num_seats_taken = 0
+        self._num_arrivals = 0
+        self._is_step_under_way = False
+
+    # Requests come and go
+
+    def add(self, leader: Request) -> None:
+        """Queues a request with all its samples.
+
+        Raises:
+            ValueError: for an id in use, or a request that could never be served however long it waited.
+        """
+        self._check_can_be_served(leader)
+        samples = [leader, *leader.siblings]
+        for sample in samples:
+            sample.arrival = self._num_arrivals
+        self._num_arrivals += 1
+        self._unfinished[leader.request_id] = samples
+        insort(self.waiting, leader, key=_order)
+
+    def has_unfinished(self) -> bool:
+        return bool(self._unfinished)
+
+    def abort(self, request_ids: Iterable[str]) -> list[Completion]:
+        """Ends every unfinished sample of these requests; they come back with what they have, in order of arrival.
+
+        Raises:
+            ValueError: naming the ids that are unknown or finished; nothing is aborted then.
+        """
+        request_ids = set(request_ids)
+        unknown = sorted(request_ids - self._unfinished.keys())
+        if unknown:
+            raise ValueError(f"cannot abort {unknown}: not the ids of unfinished requests")
+        samples = sorted((sample for name in request_ids for sample in self._unfinished[name]), key=_order)
+        for sample in samples:
+            sample.finish_reason = "abort"
+            self._finish(sample)
+        self._drop_finished()
+        return [sample.to_completion() for sample in samples]
+
+    def set_weights(self, checksum: bytes, mode: Literal["recompute", "keep"]) -> int:
+        """New weights are in place. Returns how many stored tokens of running requests were dropped.
+
+        `recompute`: the running requests keep their tokens, drop their blocks and wait again, in the order they had.
+        `keep`: they go on with blocks of the old weights, which are never shared again; the tokens drawn from now on
+        are marked inexact.
+        """
+        assert not self._is_step_under_way, "weights may change only between two steps"
+        if mode not in ("recompute", "keep"):
+            raise ValueError(f"mode={mode!r} must be 'recompute' or 'keep'")
+        self.weights_checksum = checksum
+        num_dropped_tokens = self._requeue_running() if mode == "recompute" else 0
+        for samples in self._unfinished.values():
+            for sample in samples:
+                sample.block_hashes.clear()
+        for request in self.running:
+            request.has_mixed_kv = True
+        return num_dropped_tokens
+
+    def abandon_step(self) -> None:
+        """The step under way failed: nobody knows which blocks it wrote, so none is used again."""
+        self._requeue_running()
+        self.block_pool.reset_prefix_cache()
+        self._is_step_under_way = False
+
+    # A step
+
+    def schedule(self) -> SchedulerOutput:
+        """Plans the next step; empty only where no request is unfinished."""
+        assert not self._is_step_under_way, "the last step's output has not been taken in"
+        plan = _Plan(self.max_num_batched_tokens)
+        num_preemptions = self.num_preemptions
+        self._schedule_running(plan)
+        if self.num_preemptions == num_preemptions:
+            self._schedule_waiting(plan)
+        assert plan.scheduled or not self._unfinished, "requests are unfinished but none can be scheduled"
+        return self._launch(plan)
+
+    def update_from_output(self, scheduled: SchedulerOutput, output: ModelRunnerOutput) -> StepOutput:
+        """Appends the drawn tokens, forks groups whose prompt is complete, and ends whoever reached a stop."""
+        num_samples = sum([len(entry.samples) for entry in scheduled.scheduled])
+        assert num_samples == len(output.token_ids) == len(output.logprobs), "not one token for each sample"
+        self._is_step_under_way = False
+        policy_version = output.policy_version
+        drawn = zip(output.token_ids, output.logprobs, strict=True)
+        step = StepOutput()
+        for entry in scheduled.scheduled:
+            if entry.samples and entry.request.siblings:
+                self._fork(entry.request)
+            for sample in entry.samples:
+                token_id, logprob = next(drawn)
+                if sample.status is RequestStatus.RUNNING:  # else aborted while the step ran
+                    self._take_token(sample, token_id, logprob, policy_version, step)
+        self.num_generated_tokens += len(step.new_tokens)
+        if step.finished:
+            self._drop_finished()
+        return step
+
+    def stats(self, policy_version: int = 0) -> EngineStats:
+        pool = self.block_pool
+        queries = self.prefix_cache_queries
+        return EngineStats(
+            num_requests_running=self._num_seats_taken,
+            num_requests_waiting=sum(request.num_seats for request in self.waiting),
+            num_blocks=pool.num_blocks,
+            num_free_blocks=pool.num_free_blocks,
+            kv_cache_usage=pool.usage,
+            num_preemptions=self.num_preemptions,
+            prefix_cache_queries=queries,
+            prefix_cache_hits=self.prefix_cache_hits,
+            prefix_cache_hit_rate=self.prefix_cache_hits / queries if queries else 0.0,
+            num_steps=self.num_steps,
+            num_scheduled_tokens=self.num_scheduled_tokens,
+            num_generated_tokens=self.num_generated_tokens,
+            policy_version=policy_version,
+        )
+
+    # Planning
+
+    def _schedule_running(self, plan: _Plan) -> None:
+        running = self.running
+        position = 0
+        while position < len(running) and plan.token_budget > 0:
+            request = running[position]
+            num_tokens = self._share(request, plan)
+            if not self._make_room(request, num_tokens, plan):
+                return  # it was the tail itself
+            self._plan(request, num_tokens, plan)
+            position += 1
+
+    def _schedule_waiting(self, plan: _Plan) -> None:
+        """Admits from the head of the queue only: who does not fit is waited for, so nobody is overtaken for ever."""
+        while self.waiting and plan.token_budget > 0:
+            request = self.waiting[0]
+            if self._num_seats_taken + request.num_seats > self.max_num_seqs:
+                return
+            cached_block_ids = self._find_cached_blocks(request)
+            if not self._can_admit(request, cached_block_ids, plan):
+                return
+            self._admit(request, cached_block_ids)
+            num_tokens = self._share(request, plan)
+            self._allocate(request, request.num_computed_tokens + num_tokens)
+            self._plan(request, num_tokens, plan)
+
+    def _share(self, request: Request, plan: _Plan) -> int:
+        num_missing_tokens = len(request.token_ids) - request.num_computed_tokens
+        return min(num_missing_tokens, self.max_tokens_per_request, plan.token_budget)
+
+    def _plan(self, request: Request, num_tokens: int, plan: _Plan) -> None:
+        start = request.num_computed_tokens
+        end = start + num_tokens
+        is_complete = end == len(request.token_ids)
+        samples = (request, *request.siblings) if is_complete else ()
+        plan.scheduled.append(ScheduledRequest(request=request, start=start, num_tokens=num_tokens, samples=samples))
+        plan.token_budget -= num_tokens
+        if not is_complete or request.siblings:
+            plan.num_promised_blocks += self._num_promised_blocks(request)
+        request.num_computed_tokens = end
+        block_size = self.block_pool.block_size
+        if end // block_size > start // block_size:
+            self._register_full_blocks(request, start // block_size, end // block_size)
+
+    def _launch(self, plan: _Plan) -> SchedulerOutput:
+        num_scheduled_tokens = self.max_num_batched_tokens - plan.token_budget
+        self.num_steps += bool(plan.scheduled)
+        self.num_scheduled_tokens += num_scheduled_tokens
+        self._is_step_under_way = bool(plan.scheduled)
+        return SchedulerOutput(
+            scheduled=plan.scheduled, block_copies=plan.block_copies, num_scheduled_tokens=num_scheduled_tokens
+        )
+
+    # Blocks
+
+    def _make_room(self, request: Request, num_tokens: int, plan: _Plan) -> bool:
+        """Blocks for a running request's next tokens, taken from the tail if they must be; False if it was the tail."""
+        start = request.num_computed_tokens
+        end = start + num_tokens
+        pool = self.block_pool
+        is_inside_block = start % pool.block_size > 0
+        has_room = is_inside_block and len(request.block_ids) * pool.block_size >= end
+        if has_room and pool.ref_count(request.block_ids[-1]) == 1:
+            return True  # nearly every step of a request
+        while True:
+            is_shared = is_inside_block and pool.ref_count(request.block_ids[-1]) > 1
+            if self._num_blocks(end) - len(request.block_ids) + is_shared <= pool.num_free_blocks:
+                break
+            if self._preempt_tail() is request:
+                return False
+        if is_shared:
+            self._copy_last_block(request, plan)
+        self._allocate(request, end)
+        return True
+
+    def _copy_last_block(self, request: Request, plan: _Plan) -> None:
+        """Copy on write. The source is left to the others; whoever may write it this step does so after the copy."""
+        source = request.block_ids[-1]
+        [destination] = self.block_pool.allocate(1)
+        request.block_ids[-1] = destination
+        self.block_pool.free([source])
+        plan.block_copies.append((source, destination))
+
+    def _allocate(self, request: Request, end: int) -> None:
+        num_missing_blocks = self._num_blocks(end) - len(request.block_ids)
+        if num_missing_blocks > 0:
+            request.block_ids += self.block_pool.allocate(num_missing_blocks)
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_pool.block_size)
+
+    def _num_promised_blocks(self, request: Request) -> int:
+        """Blocks it needs before all its samples decode: those of its known tokens, and one for each other sample."""
+        return self._num_blocks(len(request.token_ids)) - len(request.block_ids) + len(request.siblings)
+
+    def _find_cached_blocks(self, request: Request) -> list[int]:
+        """Blocks that hold the request's first tokens; the last token is always computed, as it is drawn from."""
+        pool = self.block_pool
+        block_ids: list[int] = []
+        if not pool.enable_prefix_caching:
+            return block_ids
+        for index in range((len(request.token_ids) - 1) // pool.block_size):
+            block_id = pool.lookup(self._block_hash(request, index))
+            if block_id is None:
+                break
+            block_ids.append(block_id)
+        return block_ids
+
+    def _register_full_blocks(self, request: Request, first: int, last: int) -> None:
+        """Registers blocks [first, last), which this step fills; a request of the same step may hit them already."""
+        if request.has_mixed_kv or not self.block_pool.enable_prefix_caching:
+            return
+        for index in range(first, last):
+            self.block_pool.register(request.block_ids[index], self._block_hash(request, index))
+
+    def _block_hash(self, request: Request, index: int) -> bytes:
+        hashes = request.block_hashes
+        block_size = self.block_pool.block_size
+        while len(hashes) <= index:
+            parent = hashes[-1] if hashes else root_hash(self.weights_checksum, request.cache_salt)
+            start = len(hashes) * block_size
+            hashes.append(hash_block(parent, request.token_ids[start : start + block_size]))
+        return hashes[index]
+
+    # Admission and preemption
+
+    def _check_can_be_served(self, leader: Request) -> None:
+        name, num_prompt_tokens, params = leader.request_id, leader.num_prompt_tokens, leader.params
+        assert leader.num_seats == params.n, "the leader must come with its siblings"
+        if name in self._unfinished:
+            raise ValueError(f"request id {name!r} is in use by an unfinished request; give every request its own id")
+        if num_prompt_tokens == 0:
+            raise ValueError(f"request {name!r} has an empty prompt; it needs at least one token")
+        if num_prompt_tokens >= self.max_model_len:
+            raise ValueError(
+                f"request {name!r} has a prompt of {num_prompt_tokens} tokens, which leaves no room for a completion "
+                f"in max_model_len={self.max_model_len}; shorten the prompt"
+            )
+        if params.n > self.max_num_seqs:
+            raise ValueError(
+                f"request {name!r} has n={params.n} samples, more than max_num_seqs={self.max_num_seqs}; "
+                "ask for fewer samples or raise max_num_seqs"
+            )
+        if params.stop and leader.detokenizer is None:
+            raise ValueError(
+                f"request {name!r} has stop strings {list(params.stop)}, but there is no tokenizer to find them with; "
+                "use stop_token_ids"
+            )
+        self._check_fits_pool(leader)
+
+    def _check_fits_pool(self, leader: Request) -> None:
+        # The last token is drawn but never stored.
+        num_tokens = min(leader.num_prompt_tokens + leader.params.max_tokens, self.max_model_len) - 1
+        num_blocks, pool = self._num_blocks(num_tokens), self.block_pool
+        if num_blocks > pool.num_blocks:
+            raise ValueError(
+                f"request {leader.request_id!r} can never fit: {leader.num_prompt_tokens} prompt tokens and "
+                f"max_tokens={leader.params.max_tokens} need {num_blocks} blocks of {pool.block_size} tokens, and the "
+                f"pool has num_blocks={pool.num_blocks}; lower max_tokens or give the KV cache more memory"
+            )
+
+    def _can_admit(self, request: Request, cached_block_ids: list[int], plan: _Plan) -> bool:
+        """Whether all its tokens fit now, beside what running requests were promised; changes nothing.
+
+        A cached block that is free leaves the free queue too, so it saves computation but no block. While others run,
+        each of them must also find one more block afterwards: whoever is admitted into the last blocks is preempted
+        as soon as the others grow, and its prompt computed again.
+        """
+        pool = self.block_pool
+        num_needed = self._num_blocks(len(request.token_ids)) - len(cached_block_ids)
+        num_needed += sum([pool.ref_count(block_id) == 0 for block_id in cached_block_ids])
+        if self.running:
+            num_needed += plan.num_promised_blocks + len(request.siblings) + len(self.running)
+        return num_needed <= pool.num_free_blocks
+
+    def _admit(self, request: Request, cached_block_ids: list[int]) -> None:
+        assert request.num_computed_tokens == 0, f"{request} waits but has computed tokens"
+        del self.waiting[0]
+        self.block_pool.touch(cached_block_ids)
+        request.block_ids = cached_block_ids
+        request.num_computed_tokens = request.num_cached_tokens = len(cached_block_ids) * self.block_pool.block_size
+        request.status = RequestStatus.RUNNING
+        insort(self.running, request, key=_order)
+        self._num_seats_taken += request.num_seats
+        self.prefix_cache_queries += len(request.token_ids)
+        self.prefix_cache_hits += request.num_cached_tokens
+
+    def _preempt_tail(self) -> Request:
+        victim = self.running.pop()
+        self._release(victim)
+        victim.status = RequestStatus.PREEMPTED
+        victim.num_preemptions += 1
+        self.num_preemptions += 1
+        insort(self.waiting, victim, key=_order)
+        return victim
+
+    def _requeue_running(self) -> int:
+        """Everybody running waits again, at the place in the queue that was theirs; returns the tokens dropped."""
+        num_dropped_tokens = sum(request.num_computed_tokens for request in self.running)
+        for request in self.running:
+            self._release(request)
+            request.status = RequestStatus.WAITING
+        self.waiting = sorted(self.running + self.waiting, key=_order)
+        self.running = []
+        return num_dropped_tokens
+
+    def _release(self, request: Request) -> None:
+        """Gives back blocks and seats of a running request; its tokens stay."""
+        self.block_pool.free(request.block_ids)
+        request.block_ids = []
+        request.num_computed_tokens = 0
+        request.has_mixed_kv = False
+        self._num_seats_taken -= request.num_seats
+
+    # Taking in a step
+
+    def _fork(self, leader: Request) -> None:
+        """The prompt is complete: its samples share the leader's blocks from here on, and part when they write."""
+        siblings, leader.siblings = leader.siblings, ()
+        for sibling in siblings:
+            self.block_pool.touch(leader.block_ids)
+            sibling.block_ids = leader.block_ids.copy()
+            sibling.block_hashes = leader.block_hashes.copy()
+            sibling.num_computed_tokens = sibling.num_cached_tokens = leader.num_computed_tokens
+            sibling.has_mixed_kv = leader.has_mixed_kv
+            sibling.status = RequestStatus.RUNNING
+        place = bisect_left(self.running, leader.order, key=_order) + 1
+        self.running[place:place] = siblings
+
+    def _take_token(
+        self, sample: Request, token_id: int, logprob: float, policy_version: int, step: StepOutput
+    ) -> None:
+        sample.append_token(token_id, logprob, policy_version)
+        step.new_tokens.append(NewToken(sample.request_id, sample.index, token_id, logprob, policy_version))
+        if sample.check_stop(self.max_model_len):
+            self._finish(sample)
+            step.finished.append(sample.to_completion())
+
+    def _finish(self, sample: Request) -> None:
+        if sample.status is RequestStatus.RUNNING:
+            self._release(sample)
+        sample.status = RequestStatus.FINISHED
+        sample.siblings = ()
+        samples = self._unfinished[sample.request_id]
+        samples.remove(sample)
+        if not samples:
+            del self._unfinished[sample.request_id]
+
+    def _drop_finished(self) -> None:
+        """Takes the finished out of both queues, once for all of them."""
+        self.running = [request for request in self.running if request.status is not RequestStatus.FINISHED]
+        self.waiting = [request for request in self.waiting if request.status is not RequestStatus.FINISHED]
+
+    # Proof
+
+    def check_integrity(self) -> None:
+        """Asserts that queues, seats, tokens and blocks add up; between two steps and within one."""
+        self.block_pool.check_integrity([request.block_ids for request in self.running])
+        queued = [sample for request in self.running + self.waiting for sample in (request, *request.siblings)]
+        unfinished = [sample for samples in self._unfinished.values() for sample in samples]
+        assert len(queued) == len(unfinished), "a sample is lost or queued twice"
+        assert {id(sample) for sample in queued} == {id(sample) for sample in unfinished}, "a sample is lost"
+        assert self._num_seats_taken == sum(request.num_seats for request in self.running) <= self.max_num_seqs
+        for queue in (self.running, self.waiting):
+            assert queue == sorted(queue, key=_order), "a queue is out of order"
+        for request in self.running:
+            self._check_running(request)
+        for request in self.waiting:
+            assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED), f"{request} is queued"
+            assert not request.block_ids, f"{request} waits but holds blocks"
+            assert request.num_computed_tokens == 0, f"{request} waits but has computed tokens"
+
+    def _check_running(self, request: Request) -> None:
+        num_tokens, num_computed_tokens = len(request.token_ids), request.num_computed_tokens
+        assert request.status is RequestStatus.RUNNING, f"{request} is among the running"
+        assert num_computed_tokens <= num_tokens < self.max_model_len, f"{request}: lengths"
+        assert self._is_step_under_way or num_computed_tokens < num_tokens, f"{request} has nothing to compute"
+        assert len(request.block_ids) == self._num_blocks(num_computed_tokens), f"{request}: blocks"
+        assert request.num_output_tokens == len(request.logprobs) == len(request.policy_versions), f"{request}: output"

@@ -1,0 +1,146 @@
+/* Sixteen float32 lanes with one meaning on every instruction set.
+ *
+ * All kernels are written against this header alone. Each operation is IEEE-754 exact per lane (add, multiply, divide,
+ * square root, fused multiply-add), so AVX-512, AVX2 and plain C builds of the same source give the same bits. */
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+
+#include <immintrin.h>
+#define LS_ISA "avx512"
+#define LS_TILE_VECTORS 4 /* vectors of a 64-wide panel that one register tile covers */
+typedef __m512 v16;
+static inline v16 v16_load(const float *p) { return _mm512_loadu_ps(p); }
+static inline void v16_store(float *p, v16 a) { _mm512_storeu_ps(p, a); }
+static inline v16 v16_set1(float a) { return _mm512_set1_ps(a); }
+static inline v16 v16_add(v16 a, v16 b) { return _mm512_add_ps(a, b); }
+static inline v16 v16_sub(v16 a, v16 b) { return _mm512_sub_ps(a, b); }
+static inline v16 v16_mul(v16 a, v16 b) { return _mm512_mul_ps(a, b); }
+static inline v16 v16_div(v16 a, v16 b) { return _mm512_div_ps(a, b); }
+static inline v16 v16_fma(v16 a, v16 b, v16 c) { return _mm512_fmadd_ps(a, b, c); }
+static inline v16 v16_max(v16 a, v16 b) { return _mm512_max_ps(a, b); }
+static inline v16 v16_min(v16 a, v16 b) { return _mm512_min_ps(a, b); }
+/* 2^n times a, for integral n in [-126, 128] and a in [0.5, 2): exact, or infinite when it overflows. */
+static inline v16 v16_scale2(v16 a, v16 n) { return _mm512_scalef_ps(a, n); }
+/* +0 where x < limit, a elsewhere. */
+static inline v16 v16_zero_below(v16 a, v16 x, float limit) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_NLT_UQ), a);
+}
+/* Lanes [first, last) of a; `fill` in the others. */
+static inline v16 v16_keep(v16 a, int first, int last, float fill) {
+    __mmask16 m = (__mmask16)(((last >= 16 ? 0xffffu : (1u << last) - 1u)) & ~((1u << first) - 1u));
+    return _mm512_mask_mov_ps(_mm512_set1_ps(fill), m, a);
+}
+
+#elif defined(__AVX2__) && defined(__FMA__)
+
+#include <immintrin.h>
+#define LS_ISA "avx2"
+#define LS_TILE_VECTORS 1
+typedef struct { __m256 lo, hi; } v16;
+#define LS_PAIR(op) ((v16){op(a.lo, b.lo), op(a.hi, b.hi)})
+static inline v16 v16_load(const float *p) { return (v16){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+static inline void v16_store(float *p, v16 a) { _mm256_storeu_ps(p, a.lo); _mm256_storeu_ps(p + 8, a.hi); }
+static inline v16 v16_set1(float a) { __m256 x = _mm256_set1_ps(a); return (v16){x, x}; }
+static inline v16 v16_add(v16 a, v16 b) { return LS_PAIR(_mm256_add_ps); }
+static inline v16 v16_sub(v16 a, v16 b) { return LS_PAIR(_mm256_sub_ps); }
+static inline v16 v16_mul(v16 a, v16 b) { return LS_PAIR(_mm256_mul_ps); }
+static inline v16 v16_div(v16 a, v16 b) { return LS_PAIR(_mm256_div_ps); }
+static inline v16 v16_max(v16 a, v16 b) { return LS_PAIR(_mm256_max_ps); }
+static inline v16 v16_min(v16 a, v16 b) { return LS_PAIR(_mm256_min_ps); }
+static inline v16 v16_fma(v16 a, v16 b, v16 c) {
+    return (v16){_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+static inline __m256 ls_power2(__m256 n) { /* 2^n for integral n in [-126, 127] */
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+static inline __m256 ls_scale2(__m256 a, __m256 n) { /* in two exact steps, since 2^128 is no float */
+    __m256 half = _mm256_floor_ps(_mm256_mul_ps(n, _mm256_set1_ps(0.5f)));
+    return _mm256_mul_ps(_mm256_mul_ps(a, ls_power2(half)), ls_power2(_mm256_sub_ps(n, half)));
+}
+static inline v16 v16_scale2(v16 a, v16 n) { return (v16){ls_scale2(a.lo, n.lo), ls_scale2(a.hi, n.hi)}; }
+static inline v16 v16_zero_below(v16 a, v16 x, float limit) {
+    __m256 t = _mm256_set1_ps(limit);
+    return (v16){_mm256_and_ps(a.lo, _mm256_cmp_ps(x.lo, t, _CMP_NLT_UQ)),
+                 _mm256_and_ps(a.hi, _mm256_cmp_ps(x.hi, t, _CMP_NLT_UQ))};
+}
+static inline v16 v16_keep(v16 a, int first, int last, float fill) {
+    float f[16];
+    v16_store(f, a);
+    for (int i = 0; i < 16; i++)
+        if (i < first || i >= last) f[i] = fill;
+    return v16_load(f);
+}
+
+#else
+
+#define LS_ISA "generic"
+#define LS_TILE_VECTORS 1
+typedef struct { float f[16]; } v16;
+#define LS_EACH(expression) \
+    v16 r;                  \
+    for (int i = 0; i < 16; i++) r.f[i] = (expression); \
+    return r
+static inline v16 v16_load(const float *p) { v16 r; memcpy(r.f, p, sizeof r.f); return r; }
+static inline void v16_store(float *p, v16 a) { memcpy(p, a.f, sizeof a.f); }
+static inline v16 v16_set1(float a) { LS_EACH(a); }
+static inline v16 v16_add(v16 a, v16 b) { LS_EACH(a.f[i] + b.f[i]); }
+static inline v16 v16_sub(v16 a, v16 b) { LS_EACH(a.f[i] - b.f[i]); }
+static inline v16 v16_mul(v16 a, v16 b) { LS_EACH(a.f[i] * b.f[i]); }
+static inline v16 v16_div(v16 a, v16 b) { LS_EACH(a.f[i] / b.f[i]); }
+static inline v16 v16_max(v16 a, v16 b) { LS_EACH(a.f[i] > b.f[i] ? a.f[i] : b.f[i]); }
+static inline v16 v16_min(v16 a, v16 b) { LS_EACH(a.f[i] < b.f[i] ? a.f[i] : b.f[i]); }
+static inline v16 v16_fma(v16 a, v16 b, v16 c) { LS_EACH(__builtin_fmaf(a.f[i], b.f[i], c.f[i])); }
+static inline float ls_power2(int n) { /* 2^n for n in [-126, 127] */
+    uint32_t bits = (uint32_t)(n + 127) << 23;
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+static inline v16 v16_scale2(v16 a, v16 n) {
+    v16 r;
+    for (int i = 0; i < 16; i++) {
+        int whole = (int)n.f[i], half = whole >> 1;
+        r.f[i] = a.f[i] * ls_power2(half) * ls_power2(whole - half);
+    }
+    return r;
+}
+static inline v16 v16_zero_below(v16 a, v16 x, float limit) { LS_EACH(x.f[i] < limit ? 0.0f : a.f[i]); }
+static inline v16 v16_keep(v16 a, int first, int last, float fill) { LS_EACH(i >= first && i < last ? a.f[i] : fill); }
+
+#endif
+
+static inline v16 v16_zero(void) { return v16_set1(0.0f); }
+
+/* T16, the one reduction of sixteen lanes: for w = 8, 4, 2, 1: a[i] += a[i + w]. */
+static inline float v16_sum(v16 a) {
+    float f[16];
+    v16_store(f, a);
+    for (int w = 8; w; w >>= 1)
+        for (int i = 0; i < w; i++) f[i] = f[i] + f[i + w];
+    return f[0];
+}
+
+/* The same tree for the maximum; equal operands keep the later one, so a zero's sign is fixed too. */
+static inline float v16_highest(v16 a) {
+    float f[16];
+    v16_store(f, a);
+    for (int w = 8; w; w >>= 1)
+        for (int i = 0; i < w; i++) f[i] = f[i] > f[i + w] ? f[i] : f[i + w];
+    return f[0];
+}
+
+/* The first `n` lanes from memory, +0 in the rest. */
+static inline v16 v16_load_first(const float *p, int n) {
+    float f[16] = {0};
+    memcpy(f, p, (size_t)n * sizeof(float));
+    return v16_load(f);
+}
+static inline void v16_store_first(float *p, v16 a, int n) {
+    float f[16];
+    v16_store(f, a);
+    memcpy(p, f, (size_t)n * sizeof(float));
+}

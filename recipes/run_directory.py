@@ -1,0 +1,207 @@
+"""RunDirectory: the files that a run leaves behind.
+
+metrics.jsonl      one line a step, under the names that dashboards know
+config.yaml        the options; `--config OUTPUT_DIR/config.yaml` runs them again
+environment.json   versions, kernel fingerprint, commit, threads, platform
+rollouts.jsonl     samples of each step in readable form, with token ids and log-probabilities
+reward_curve.png   reward and expected reward over the steps
+weights/           the trained model in Hugging Face format, written by the trainer
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+METRICS, CONFIG, ENVIRONMENT = "metrics.jsonl", "config.yaml", "environment.json"
+ROLLOUTS, REWARD_CURVE, WEIGHTS = "rollouts.jsonl", "reward_curve.png", "weights"
+
+RECORDED_PACKAGES = ("torch", "numpy", "ray", "transformers", "accelerate", "datasets", "safetensors", "gguf",
+                     "reasoning_gym", "math-verify", "tyro", "rich", "triton")  # fmt: skip
+NOT_REPEATED = ("config", "output_dir", "overwrite")  # options that belong to one run only
+GIT_SECONDS = 5
+
+
+class RunDirectory:
+    """One run's directory. Every line is on disk before the call that writes it returns, so a killed run loses none."""
+
+    def __init__(self, path: Path, overwrite: bool = False) -> None:
+        self.path = path
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"output_dir={str(path)!r} is a file; name a directory")
+        if (path / METRICS).exists():
+            if not overwrite:
+                raise ValueError(f"{str(path)!r} holds a run already; name another --output-dir, or pass --overwrite")
+            self._remove_run()
+        path.mkdir(parents=True, exist_ok=True)
+        self._files: dict[str, TextIO] = {}
+        self._history: list[dict[str, Any]] = []
+        self._environment = environment()
+
+    @property
+    def has_metrics(self) -> bool:
+        return bool(self._history)
+
+    def write_config(self, options: Mapping[str, Any]) -> None:
+        """Writes the options that make up the run as --config reads them back."""
+        values = {name: _plain(value) for name, value in options.items() if name not in NOT_REPEATED}
+        self._write(CONFIG, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+    def write_environment(self, facts: Mapping[str, Any]) -> None:
+        """Writes what is known of the machine and the code, and `facts` (engine and trainer)."""
+        self._write(ENVIRONMENT, json.dumps(self._environment | dict(facts), indent=2, default=str) + "\n")
+
+    def log_metrics(self, metrics: Mapping[str, Any]) -> None:
+        line = {name: _json_number(value) for name, value in metrics.items()}
+        self._history.append(line)
+        self._append(METRICS, [line])
+
+    def log_rollouts(self, records: Iterable[Mapping[str, Any]]) -> None:
+        self._append(ROLLOUTS, records)
+
+    def draw_reward_curve(self, title: str) -> None:
+        """Draws what metrics.jsonl holds; without a figure to draw it does nothing."""
+        draw_reward_curve(self._history, self.path / REWARD_CURVE, title)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def _append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
+        if name not in self._files:
+            self._files[name] = (self.path / name).open("a", encoding="utf-8")
+        self._files[name].writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        self._files[name].flush()
+
+    def _write(self, name: str, text: str) -> None:
+        (self.path / name).write_text(text, encoding="utf-8")
+
+    def _remove_run(self) -> None:
+        """Removes a run's own files, and nothing else that may be there."""
+        for name in (METRICS, CONFIG, ENVIRONMENT, ROLLOUTS, REWARD_CURVE):
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / WEIGHTS, ignore_errors=True)
+
+
+def default_path(dataset: str, now: time.struct_time) -> Path:
+    """outputs/grpo-{data set}-{time}: a new directory for every run."""
+    name = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in Path(dataset).name)
+    return Path("outputs") / f"grpo-{name}-{time.strftime('%Y%m%d-%H%M%S', now)}"
+
+
+def environment() -> dict[str, Any]:
+    """Facts that fix or explain a run's figures, gathered without importing anything heavy."""
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "commit": git_commit(Path(__file__).parent),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": processor_name(),
+        "num_cores": os.cpu_count(),
+        "num_available_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "versions": {name: version for name in RECORDED_PACKAGES if (version := _version(name))},
+    }
+
+
+def git_commit(directory: Path) -> str | None:
+    """The checked-out commit, with "+changes" if files differ from it; None outside a git repository."""
+    commit = _git(directory, "rev-parse", "HEAD")
+    changes = _git(directory, "status", "--porcelain", "--untracked-files=no")
+    return f"{commit}+changes" if commit and changes else commit or None
+
+
+def processor_name() -> str:
+    """The processor's model, as the kernel names it where there is /proc."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def draw_reward_curve(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Reward of each step with its running mean, and the expected reward where it was measured, as a PNG."""
+    reward = _series(history, "reward/mean")
+    expected = _series(history, "eval/expected_reward")
+    if not reward and not expected:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if reward:
+        steps, values = zip(*reward, strict=True)
+        axes.plot(steps, values, ".", color="#9aa7b1", markersize=5, label="reward of the step's samples")
+        axes.plot(steps, running_mean(values), color="#1f6f8b", linewidth=2, label="its running mean")
+    if expected:
+        steps, values = zip(*expected, strict=True)
+        axes.plot(steps, values, "o-", color="#e07a2f", linewidth=2, markersize=5, label="expected reward, held out")
+        for step, value in (expected[0], expected[-1]):
+            axes.annotate(f"{value:.3f}", (step, value), textcoords="offset points", xytext=(0, 9), ha="center")
+    axes.set(title=title, xlabel="step", ylabel="reward")
+    axes.set_ylim(bottom=min(0.0, *(value for _, value in reward + expected)))
+    axes.margins(x=0.03, y=0.12)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="best")
+    partial = path.with_suffix(".partial.png")
+    figure.savefig(partial)
+    partial.replace(path)  # a reader never sees half a picture
+
+
+def running_mean(values: Sequence[float], decay: float = 0.8) -> list[float]:
+    """Exponential running mean, unbiased at the start."""
+    means, total, weight = [], 0.0, 0.0
+    for value in values:
+        total = decay * total + (1 - decay) * value
+        weight = decay * weight + (1 - decay)
+        means.append(total / weight)
+    return means
+
+
+def _series(history: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    return [(line["step"], line[name]) for line in history if line.get(name) is not None]
+
+
+def _json_number(value: Any) -> Any:
+    """JSON has no NaN and no infinity; they become null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(directory: Path, *arguments: str) -> str:
+    try:
+        result = subprocess.run(
+            ["git", *arguments], cwd=directory, capture_output=True, text=True, timeout=GIT_SECONDS, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return result.stdout.strip()

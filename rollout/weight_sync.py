@@ -1,0 +1,141 @@
+"""Weight sync: buckets checked, digested tensors at the sender and holds verified views of them at an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from engine.llm_engine import MAX_POLICY_VERSION
+from engine.model import EMBEDDING, LM_HEAD, NamedTensors
+from kernels.checksum import combine_digests, digest_and_scan, tensor_digest
+
+SYNC_MODES = ("recompute", "keep")
+BUCKET_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightBucket:
+    """Some of the weights. In Ray's object store the arrays are shared memory, which an engine reads without a copy."""
+
+    arrays: dict[str, np.ndarray]  # by Hugging Face name: float32, C-contiguous
+    digests: dict[str, bytes]  # by the same names, taken by the sender
+
+
+def check_sync_options(policy_version: int, mode: str) -> None:
+    """ValueError for a policy version that is no such number, or a mode that this version of the service lacks."""
+    is_integer = isinstance(policy_version, int) and not isinstance(policy_version, bool)
+    if not is_integer or not 0 <= policy_version <= MAX_POLICY_VERSION:
+        raise ValueError(f"policy_version={policy_version!r} must be an integer from 0 to {MAX_POLICY_VERSION}")
+    if mode not in SYNC_MODES:
+        raise ValueError(f"mode={mode!r} is not available in this version: use 'recompute' (exact) or 'keep' (inexact)")
+
+
+class WeightSender:
+    """Turns named tensors into checked buckets and knows, once they are all read, what was sent.
+
+    shapes: of every weight of the model, by Hugging Face name. bucket_bytes: a larger tensor is a bucket of its own.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], bucket_bytes: int = BUCKET_BYTES) -> None:
+        self._shapes = shapes
+        self._bucket_bytes = bucket_bytes
+        self._digests: dict[str, bytes] = {}
+        self.num_bytes = 0
+
+    @property
+    def checksum(self) -> bytes:
+        """Of the weights sent, as an engine computes it over those it holds."""
+        return combine_digests(self._digests)
+
+    def buckets(self, named_tensors: NamedTensors) -> Iterator[WeightBucket]:
+        """Reads one bucket at a time.
+
+        Raises ValueError for a tensor that is unknown, given twice, misshapen, not floating point or not finite, as it
+        is met, and for missing ones at the end. A tied model's `lm_head.weight` may come too; it is not sent.
+        """
+        arrays: dict[str, np.ndarray] = {}
+        num_bytes = 0
+        for name, values in self._read(named_tensors):
+            if arrays and num_bytes + values.nbytes > self._bucket_bytes:
+                yield self._bucket(arrays)
+                arrays, num_bytes = {}, 0
+            arrays[name] = values.numpy()
+            num_bytes += values.nbytes
+        if arrays:
+            yield self._bucket(arrays)
+
+    def _bucket(self, arrays: dict[str, np.ndarray]) -> WeightBucket:
+        return WeightBucket(arrays=arrays, digests={name: self._digests[name] for name in arrays})
+
+    def _read(self, named_tensors: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and checked float32 tensors; their digests are taken on the way."""
+        tied_head: bytes | None = None
+        for name, tensor in named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors:
+            if self._is_tied_head(name):
+                _, tied_head = _checked(name, tensor, self._shapes[EMBEDDING])
+                continue
+            self._check_name(name)
+            values, self._digests[name] = _checked(name, tensor, self._shapes[name])
+            self.num_bytes += values.nbytes
+            yield name, values
+        self._check_complete()
+        if tied_head not in (None, self._digests.get(EMBEDDING)):
+            raise ValueError(f"this model's {LM_HEAD!r} is tied to {EMBEDDING!r}, but they differ: leave it out")
+
+    def _is_tied_head(self, name: str) -> bool:
+        return name == LM_HEAD and LM_HEAD not in self._shapes and EMBEDDING in self._shapes
+
+    def _check_name(self, name: str) -> None:
+        if name not in self._shapes:
+            example = next(iter(self._shapes), None)
+            raise ValueError(f"the model has no weight {name!r}: use its Hugging Face names, such as {example!r}")
+        if name in self._digests:
+            raise ValueError(f"weight {name!r} is given twice")
+
+    def _check_complete(self) -> None:
+        missing = [name for name in self._shapes if name not in self._digests]
+        if missing:
+            raise ValueError(f"{len(missing)} of {len(self._shapes)} weights are missing, such as {missing[0]!r}")
+
+
+def _checked(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, bytes]:
+    """The tensor as contiguous float32 on the CPU, and its digest."""
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+        kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise ValueError(f"weight {name!r} must be a floating point tensor, got {kind}")
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"weight {name!r} has shape {tuple(tensor.shape)}, the model's is {tuple(shape)}")
+    values = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
+    digest, has_nonfinite = digest_and_scan(values)
+    if has_nonfinite:
+        raise ValueError(f"weight {name!r} holds NaN or infinity: the engines keep the weights they have")
+    return values, digest
+
+
+class WeightStaging:
+    """Weights that an engine holds views of but does not use yet, by sync."""
+
+    def __init__(self) -> None:
+        self._by_sync: dict[str, dict[str, torch.Tensor]] = {}
+
+    def add(self, sync_id: str, bucket: WeightBucket) -> None:
+        """Keeps the bucket's tensors if they are what the sender read; RuntimeError otherwise."""
+        staged = self._by_sync.setdefault(sync_id, {})
+        for name, array in bucket.arrays.items():
+            tensor = torch.from_numpy(array)
+            if tensor_digest(tensor) != bucket.digests[name]:
+                raise RuntimeError(f"weight {name!r} arrived with other bits than were sent")
+            staged[name] = tensor
+
+    def take(self, sync_id: str) -> dict[str, torch.Tensor]:
+        """Everything staged under `sync_id`. Drops what other syncs left: they were begun before this one ended."""
+        staged = self._by_sync[sync_id]
+        self._by_sync.clear()
+        return staged
+
+    def discard(self, sync_id: str) -> None:
+        """Lets the views go; nothing happens if there are none."""
+        self._by_sync.pop(sync_id, None)

@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from engine import Completion, EngineConfig, LLMEngine, SamplingParams
+from recipes.data import NUM_HELD_OUT_SUMS, sums_problems
+from recipes.grpo_math import load, main, make_configs, with_right_completions
+from recipes.options import parse_options
+from recipes.rewards import exact_match, numeric
+
+ROOT = Path(__file__).parents[2]
+MARK = "LOCKSTEP_TEST_RUN"  # in the environment of a run and of every process that it starts
+DEADLINE = 180
+
+
+@dataclass
+class Run:
+    process: subprocess.Popen[str]
+    output_dir: Path
+    mark: str
+
+    def wait(self) -> str:
+        """The rest of what the run prints."""
+        return self.process.communicate(timeout=DEADLINE)[0]
+
+    def wait_for(self, text: str) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if text in line:
+                return
+        pytest.fail(f"the run ended with {self.process.wait()} and never printed {text!r}")
+
+    def processes(self) -> list[str]:
+        """Command lines of the run's processes that are still there."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append((entry / "cmdline").read_text().replace("\0", " "))
+            except OSError:  # it has ended meanwhile, or is another user's
+                continue
+        return found
+
+    def processes_after(self, seconds: float) -> list[str]:
+        """Those that are there still when `seconds` have passed."""
+        end = time.monotonic() + seconds
+        while self.processes() and time.monotonic() < end:
+            time.sleep(0.2)
+        return self.processes()
+
+
+def start_run(model: Path, dataset: str, output_dir: Path, *arguments: str) -> Run:
+    mark = uuid.uuid4().hex
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {MARK: mark}
+    command = [
+        sys.executable,
+        "-m",
+        "recipes.grpo_math",
+        "--model",
+        str(model),
+        "--dataset",
+        dataset,
+        "--output-dir",
+        str(output_dir),
+    ]
+    size = ["--num-prompts", "4", "--group-size", "8", "--max-tokens", "1", "--reward", "exact_match"]
+    process = subprocess.Popen(
+        [*command, *size, *arguments],
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    return Run(process, output_dir, mark)
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def likely_data(tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A JSONL file whose answers the tiny model gives now and then, so that groups of samples have spread."""
+    prompts = [f"{a} + {b} =" for a in range(8) for b in range(5)]
+    engine = LLMEngine(EngineConfig(str(tiny_model_dir())))
+    groups = engine.generate(prompts, SamplingParams(n=32, max_tokens=1, seed=1))
+    path = tmp_path_factory.mktemp("data") / "likely.jsonl"
+    rows = [{"prompt": prompt, "answer": most_common(group)} for prompt, group in zip(prompts, groups, strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def most_common(completions: list[Completion]) -> str:
+    return Counter(completion.text for completion in completions if completion.text.strip()).most_common(1)[0][0]
+
+
+def test_the_first_line_says_what_happens_before_anything_heavy_is_imported(tmp_path: Path):
+    start = time.monotonic()
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-m",
+        "recipes.grpo_math",
+        "--dataset",
+        str(tmp_path / "absent.jsonl"),
+    ]
+    result = subprocess.run(command, check=False, cwd=ROOT, text=True, capture_output=True)
+    assert result.stdout.startswith("Lockstep: GRPO on ")
+    assert "error: dataset" in result.stderr
+    assert "no such file" in result.stderr
+    assert "torch" not in {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
+    assert result.returncode == 2
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-steps", "-1"], "num_steps=-1"),
+        (["--temperature", "0"], "temperature=0"),
+        (["--num-threads", "0"], "num_threads=0"),
+        (["--reward", "task_score"], "needs a task of reasoning_gym"),
+        (["--num-held-out", "1000"], "num_held_out=1000"),
+        (["--config", "absent.yaml"], "--config absent.yaml"),
+    ],
+)
+def test_a_mistake_is_named_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+):
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main([*arguments, "--output-dir", str(tmp_path / "run")]) == 2
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_right_completions_are_those_that_exact_match_takes():
+    options = parse_options([])
+    rows = with_right_completions(sums_problems().held_out_rows, exact_match, options)
+    assert len(rows) == NUM_HELD_OUT_SUMS
+    for row in rows:
+        number = row["answer"].strip()
+        assert row["right_completions"] == [f" {number}\n", f"{number}\n"]
+    assert with_right_completions(sums_problems().held_out_rows, numeric, options) == []
+
+
+def test_no_right_completion_is_counted_twice():
+    options = parse_options(["--stop", "\\n", "\\n\\n", "END"])
+    row = with_right_completions([{"prompt": "2 + 2 =", "answer": "4"}], exact_match, options)[0]
+    assert row["right_completions"] == ["4\n", "4END", " 4\n", " 4END"]
+
+
+def test_without_a_stop_text_a_right_completion_ends_with_the_models_end_token(tiny_model_dir: Callable[..., Path]):
+    options = parse_options(["--dataset", "my.jsonl", "--model", str(tiny_model_dir())])
+    row = with_right_completions([{"prompt": "2 + 2 =", "answer": "4"}], exact_match, options)[0]
+    assert row["right_completions"] == ["4<|im_end|>", " 4<|im_end|>"]
+
+
+def test_options_reach_trainer_and_engine(tmp_path: Path):
+    options = parse_options(["--num-threads", "1", "--seed", "3", "--clip-high", "0.28", "--max-num-seqs", "7"])
+    grpo_config, engine_config = make_configs(options, tmp_path)
+    assert (grpo_config.num_threads, grpo_config.seed, grpo_config.clip_high) == (1, 3, 0.28)
+    assert (engine_config.num_threads, engine_config.seed, engine_config.max_num_seqs) == (1, 3, 7)
+    assert grpo_config.stop == ("\n",)
+    assert grpo_config.max_tokens == 5
+    assert grpo_config.output_dir == str(tmp_path)
+    assert make_configs(parse_options(["--no-save-weights"]), tmp_path)[0].output_dir is None
+
+
+def test_chat_asks_in_messages():
+    prompt = load(parse_options(["--chat"])).train_rows[0]["prompt"]
+    assert prompt[0]["role"] == "user"
+
+
+def test_a_run_leaves_a_complete_directory_and_nothing_running(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], likely_data: str
+):
+    run = start_run(tiny_model_dir(), likely_data, tmp_path / "run", "--num-steps", "2", "--check-all-groups")
+    printed = run.wait()
+    assert run.process.returncode == 0, printed
+    assert run.processes_after(10) == []
+
+    metrics = read_lines(run.output_dir / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [0, 1, 2]
+    assert 0.0 < metrics[0]["eval/expected_reward"] < 1.0
+    assert "eval/expected_reward" in metrics[2]
+    for line in metrics[1:]:
+        assert line["mismatch/logprob_abs_diff_max"] == 0.0
+        assert line["mismatch/num_tokens"] == 4 * 8
+        assert 0.0 < line["reward/mean"] < 1.0
+        assert line["actor/grad_norm"] > 0
+        assert line["response_length/mean"] == 1
+        for phase in ("rollout", "reward", "train", "weight_sync", "step"):
+            assert line[f"timing_s/{phase}"] > 0
+
+    config = yaml.safe_load((run.output_dir / "config.yaml").read_text())
+    assert (config["num_steps"], config["num_prompts"], config["stop"]) == (2, 4, [])
+    environment = json.loads((run.output_dir / "environment.json").read_text())
+    assert environment["trainer"]["kernel_fingerprint"]
+    assert environment["trainer"]["num_threads"] >= 1
+    rollouts = read_lines(run.output_dir / "rollouts.jsonl")
+    assert len(rollouts) == 2 * 2 * 8
+    assert all(len(line["token_ids"]) == len(line["logprobs"]) == len(line["policy_versions"]) for line in rollouts)
+    assert (run.output_dir / "reward_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        path.name for path in (run.output_dir / "weights").iterdir()
+    }
+
+    assert "step 1/2 | reward " in printed
+    assert "mismatch 0.0" in printed
+    before, after = (metrics[index]["eval/expected_reward"] for index in (0, 2))
+    assert f"expected reward {before:.3f} -> {after:.3f}" in printed
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_cleanly(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], likely_data: str, signum: int, code: int
+):
+    run = start_run(tiny_model_dir(), likely_data, tmp_path / "run", "--num-steps", "100000")
+    run.wait_for("step      2/")
+    run.process.send_signal(signum)
+    printed = run.wait()
+    assert run.process.returncode == code, printed
+    assert "Traceback" not in printed
+    assert run.processes_after(10) == []
+    metrics = read_lines(run.output_dir / "metrics.jsonl")
+    assert [line["step"] for line in metrics[:3]] == [0, 1, 2]
+    assert read_lines(run.output_dir / "rollouts.jsonl")[-1]["step"] == metrics[-1]["step"]
+    assert (run.output_dir / "reward_curve.png").exists()

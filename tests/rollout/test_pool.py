@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import signal
+import time
+
+import pytest
+import ray
+
+from engine import EngineConfig, LLMEngine, SamplingParams
+from engine.tokenizer import encode
+from rollout import EngineError, PoolHandle, RolloutPool
+from rollout.requests import group_seed
+
+SEED = 7
+PARAMS = SamplingParams(n=3, max_tokens=16)
+LONG = SamplingParams(n=4, max_tokens=400, ignore_eos=True)
+PROMPTS = ["the quick brown fox", [9, 8, 7], [{"role": "user", "content": "what is the sum?"}], "it is here: "] * 4
+IDS = [f"p{i}" for i in range(len(PROMPTS))]
+
+
+@pytest.fixture(scope="module")
+def pool(local_ray, config):
+    with RolloutPool(config, num_engines=2, seed=SEED) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def single(local_ray, config):
+    with RolloutPool(config, num_engines=1, seed=SEED) as pool:
+        yield pool
+
+
+@pytest.fixture(autouse=True)
+def integrity(request):
+    yield
+    if "pool" in request.fixturenames:
+        pool = request.getfixturevalue("pool")
+        pool.check_integrity()
+        assert all(stats.num_free_blocks == stats.num_blocks for stats in pool.stats())
+
+
+@pytest.fixture(scope="module")
+def rollouts(pool):
+    return pool.generate(PROMPTS, PARAMS, group_ids=IDS)
+
+
+def test_rollouts_equal_a_local_engines_bit_for_bit(pool, rollouts, config):
+    engine = LLMEngine(config)
+    assert len(rollouts) == len(PROMPTS)
+    for i, group in enumerate(rollouts):
+        seed = group_seed(SEED, IDS[i])
+        (completions,) = engine.generate([PROMPTS[i]], SamplingParams(n=3, max_tokens=16, seed=seed))
+        assert [(r.index, r.token_ids, r.logprobs, r.text, r.finish_reason) for r in group] == [
+            (c.index, c.token_ids, c.logprobs, c.text, c.finish_reason) for c in completions
+        ]
+        assert {r.seed for r in group} == {seed}
+        assert {r.kernel_fingerprint for r in group} == {engine.kernel_fingerprint}
+
+
+def test_one_engine_gives_the_rollouts_of_two(rollouts, single):
+    assert single.generate(PROMPTS, PARAMS, group_ids=IDS) == rollouts
+
+
+def test_neither_order_nor_company_changes_a_rollout(pool, rollouts):
+    reverse = pool.generate(PROMPTS[::-1], PARAMS, group_ids=IDS[::-1])
+    assert reverse[::-1] == rollouts
+    assert pool.generate([PROMPTS[5]], PARAMS, group_ids=[IDS[5]]) == [rollouts[5]]
+
+
+def test_work_is_shared_and_a_prompts_samples_stay_together(pool):
+    before = [stats.prefix_cache_queries for stats in pool.stats()]
+    prompts = [[20 + i] * 18 for i in range(6)]
+    pool.generate(prompts, SamplingParams(n=5, max_tokens=2))
+    queries = [stats.prefix_cache_queries - b for stats, b in zip(pool.stats(), before)]
+    # a prompt is looked up once for all of its samples, and each engine gets half of the prompts
+    assert queries == [3 * 18, 3 * 18]
+
+
+def test_a_rollout_says_all_that_a_trainer_needs(pool):
+    params = SamplingParams(n=2, max_tokens=5, temperature=0.7, seed=3)
+    groups = pool.generate(["one", "two"], params, metadata=[{"answer": 1}, {"answer": 2}])
+    assert [len(group) for group in groups] == [2, 2]
+    for position, group in enumerate(groups):
+        for index, rollout in enumerate(group):
+            assert rollout.index == index
+            assert rollout.metadata == {"answer": position + 1}
+            assert rollout.prompt_token_ids == encode(pool.tokenizer, ["one", "two"][position])
+            assert rollout.sampling_params == params
+            assert rollout.seed == 3
+            lengths = {len(rollout.logprobs), len(rollout.policy_versions), len(rollout.loss_mask)}
+            assert lengths == {len(rollout.token_ids)}
+            assert rollout.is_exact
+    assert len({group[0].group_id for group in groups}) == 2
+    assert groups[0][0].token_ids != groups[0][1].token_ids
+
+
+def test_a_stream_gives_short_groups_before_long_ones(pool):
+    lengths = [200, 4, 4, 4]
+    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in lengths]
+    ids = [f"s{i}" for i in range(4)]
+    arrivals = [group[0].group_id for group in pool.stream([[5], [6], [7], [8]], params, group_ids=ids)]
+    assert sorted(arrivals) == ids
+    assert arrivals[-1] == "s0"
+
+
+def test_async_for_works_too(pool):
+    async def arrivals():
+        return [group async for group in pool.stream(PROMPTS, PARAMS, group_ids=IDS)]
+
+    groups = asyncio.run(arrivals())
+    assert sorted(group[0].group_id for group in groups) == sorted(IDS)
+
+
+def test_leaving_a_stream_aborts_the_rest(pool):
+    for group in pool.stream([[5]] * 8, [SamplingParams(max_tokens=2), *[LONG] * 7]):
+        assert group[0].sampling_params.max_tokens == 2
+        break
+    wait_until_idle(pool)
+
+
+def test_a_timeout_says_what_it_waited_for_and_aborts_it(pool):
+    with pytest.raises(
+        TimeoutError, match=r"4 of 4 groups are unfinished after 0.01 s \(engine 0: 2 groups, engine 1: 2"
+    ):
+        pool.generate([[5]] * 4, LONG, timeout=0.01)
+    wait_until_idle(pool)
+
+
+def test_aborted_groups_come_back_with_what_they_have(pool):
+    stream = pool.stream([[5], [6]], LONG, group_ids=["stay", "go"])
+    with pytest.raises(ValueError, match="no running group has the id 'unknown'"):
+        pool.abort(["go", "unknown"])
+    pool.abort(["go"])
+    groups = {group[0].group_id: group for group in stream}
+    assert {r.finish_reason for r in groups["go"]} == {"abort"}
+    assert {r.finish_reason for r in groups["stay"]} == {"length"}
+    assert all(len(r.token_ids) == len(r.logprobs) < 400 for r in groups["go"])
+    with pytest.raises(ValueError, match="no running group has the id 'go'"):
+        pool.abort(["go"])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([""], {}, r"prompts\[0\].*empty"),
+        ([], {}, "prompts is empty"),
+        ([[5], [6] * 512], {}, r"prompts\[1\] has 512 tokens.*max_model_len=512"),
+        ([[5]], {"group_ids": ["a", "b"]}, "group_ids has 2 entries for 1 prompts"),
+        ([[5]], {"metadata": [3]}, r"metadata\[0\] must be a Mapping"),
+        ([[5]], {"params": SamplingParams(n=300)}, "n=300 samples, more than max_num_seqs=256"),
+    ],
+)
+def test_a_mistake_is_a_value_error_of_the_caller(pool, prompts, options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        pool.generate(prompts, **{"params": PARAMS, **options})
+    assert type(caught.value) is ValueError
+    wait_until_idle(pool)
+
+
+def test_a_running_group_id_cannot_be_used_again(pool):
+    stream = pool.stream([[5]], LONG, group_ids=["twice"])
+    with pytest.raises(ValueError, match="'twice' is still running"):
+        pool.generate([[5]], PARAMS, group_ids=["twice"])
+    stream.close()
+    wait_until_idle(pool)
+    assert len(pool.generate([[5]], PARAMS, group_ids=["twice"])[0]) == 3
+
+
+def test_a_handle_generates_and_syncs_from_another_actor(single, rollouts, config, make_weights):
+    @ray.remote(num_cpus=0)
+    class Trainer:
+        def __init__(self, handle: PoolHandle, make_weights) -> None:
+            self.handle, self.make_weights = handle, make_weights
+
+        def generate(self, prompts, params, group_ids):
+            return self.handle.generate(prompts, params, group_ids=group_ids), self.handle.policy_version
+
+        def sync(self, seed: int, policy_version: int):
+            return self.handle.sync_weights(self.make_weights(seed).items(), policy_version)
+
+    trainer = Trainer.remote(single.handle(), make_weights)
+    assert ray.get(trainer.generate.remote(PROMPTS, PARAMS, IDS)) == (rollouts, 0)
+    assert ray.get(trainer.sync.remote(3, 4)).is_lockstep
+    assert single.policy_version == 4
+    groups, version = ray.get(trainer.generate.remote(PROMPTS, PARAMS, IDS))
+    assert version == 4
+    assert groups == single.generate(PROMPTS, PARAMS, group_ids=IDS)
+    assert groups != rollouts
+    assert {v for group in groups for r in group for v in r.policy_versions} == {4}
+    assert pickle.loads(pickle.dumps(single.handle())).policy_version == 4
+    with pytest.raises(TypeError, match=r"pool.handle\(\)"):
+        pickle.dumps(single)
+    single.check_integrity()
+
+
+def test_a_killed_engine_is_named_and_nobody_hangs(local_ray, config):
+    with RolloutPool(config, num_engines=2) as pool:
+        stream = pool.stream([[5]] * 16, LONG)
+        os.kill(pool.engine_infos[1].pid, signal.SIGKILL)
+        start = time.monotonic()
+        with pytest.raises(EngineError, match="engine 1 died"):
+            list(stream)
+        assert time.monotonic() - start < 20
+        wait_until_idle(pool, engines=[0])
+        with pytest.raises(EngineError, match="engine 1 died"):
+            pool.generate([[5]] * 2, PARAMS)
+        with pytest.raises(EngineError, match="engine 1 died"):
+            pool.sync_weights(pool_weights(config), 1)
+        assert pool.policy_version == 0
+        assert len(pool.generate([[5]], PARAMS)[0]) == 3  # engine 0 goes on
+
+
+def test_a_step_that_fails_is_raised_with_its_cause_and_the_engine(local_ray, config):
+    class Failing(LLMEngine):
+        def step(self):
+            if self.stats().num_steps == 3:
+                raise ZeroDivisionError("the step went wrong")
+            return super().step()
+
+    with RolloutPool(config, engine_factory=Failing) as pool:
+        with pytest.raises(EngineError, match="engine 0 failed: .*ZeroDivisionError: the step went wrong") as caught:
+            pool.generate([[5]], PARAMS)
+        assert "in step" in str(caught.value.__cause__)
+        with pytest.raises(EngineError, match="engine 0 failed: .*the step went wrong"):
+            pool.stats()
+
+
+def test_an_engine_that_cannot_start_is_an_error_of_the_constructor(local_ray, config):
+    def broken(config: EngineConfig):
+        raise OSError("no room for it")
+
+    with pytest.raises(EngineError, match="engine 0 failed: OSError: no room for it"):
+        RolloutPool(config, engine_factory=broken)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_engines": 0}, "num_engines=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"num_engines": 3, "engine_cpus": 1}, "need more than the cluster's 2 CPUs"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(local_ray, config, options, message):
+    with pytest.raises(ValueError, match=message):
+        RolloutPool(config, **options)
+
+
+def test_a_directory_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no config.json"):
+        RolloutPool(EngineConfig(str(tmp_path)))
+
+
+def test_a_shut_down_pool_ends_its_handles(local_ray, config):
+    with RolloutPool(config) as pool:
+        handle = pool.handle()
+    pool.shutdown()
+    assert ray.is_initialized()
+    with pytest.raises(EngineError, match="the pool's coordinator died"):
+        handle.generate([[5]], PARAMS)
+
+
+def pool_weights(config: EngineConfig) -> dict:
+    from engine.checkpoint import iter_weights
+
+    return dict(iter_weights(config.model))
+
+
+def wait_until_idle(pool: RolloutPool, engines: list[int] | None = None) -> None:
+    for engine in [pool.engines[i] for i in engines] if engines else pool.engines:
+        stats = ray.get(engine.stats.remote())
+        deadline = time.monotonic() + 20
+        while stats.num_requests_running + stats.num_requests_waiting:
+            assert time.monotonic() < deadline, f"requests are still there: {stats}"
+            time.sleep(0.01)
+            stats = ray.get(engine.stats.remote())

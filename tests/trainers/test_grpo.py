@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import ray
+import torch
+
+from rollout import EngineConfig
+from trainers import GRPOConfig, GRPOTrainer, Policy
+
+ROWS = [{"prompt": f"what is {a} + {b}? ", "answer": str(a + b)} for a in range(1, 7) for b in range(1, 4)]
+EVAL_ROWS = [{"prompt": "what is 7 + 8? ", "answer": "15"}, {"prompt": "it is ", "right_completions": ["the ", "so"]}]
+CONFIG = GRPOConfig(
+    num_steps=3,
+    num_prompts=4,
+    group_size=4,
+    max_tokens=8,
+    learning_rate=1e-3,
+    micro_batch_tokens=128,
+    eval_every=2,
+    num_threads=1,
+    seed=1,
+)
+
+
+def has_letter_e(completions):
+    return [float("e" in text) for text in completions]
+
+
+@pytest.fixture(scope="module")
+def engine_config(tiny_model_dir) -> EngineConfig:
+    return EngineConfig(model=str(tiny_model_dir("llama")), num_threads=2)
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    """One Ray for all runs of this module; each pool joins it."""
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def run(ray_cluster, engine_config, tmp_path_factory):
+    """A run of three steps, with everything that its callbacks saw."""
+    seen, batches, phases = [], [], []
+    config = dataclasses.replace(CONFIG, output_dir=str(tmp_path_factory.mktemp("run")))
+    callbacks = [seen.append, lambda metrics: batches.append(trainer.batch)]
+    trainer = GRPOTrainer(config, engine_config, ROWS, has_letter_e, EVAL_ROWS, callbacks, phases.append)
+    history = trainer.train()
+    return SimpleNamespace(trainer=trainer, history=history, seen=seen, batches=batches, phases=phases)
+
+
+def test_the_mismatch_is_exactly_zero_on_every_step(run):
+    steps = run.history[1:]
+    assert [metrics["step"] for metrics in steps] == [1, 2, 3]
+    assert all(metrics["mismatch/num_tokens"] > 0 for metrics in steps)
+    assert [metrics["mismatch/logprob_abs_diff_max"] for metrics in steps] == [0.0, 0.0, 0.0]
+    assert [metrics["mismatch/kl"] for metrics in steps] == [0.0, 0.0, 0.0]
+    assert [metrics["actor/ppo_kl"] for metrics in steps] == [0.0, 0.0, 0.0]
+
+
+def test_every_step_moves_and_syncs_the_weights(run):
+    assert [metrics["policy_version"] for metrics in run.history[1:]] == [1, 2, 3]
+    assert all(metrics["weight_sync/bytes"] > 0 for metrics in run.history[1:])
+    versions = {version for group in run.trainer.batch.groups for r in group for version in r.policy_versions}
+    assert versions == {2}  # the last batch was drawn under the weights of two updates
+
+
+def test_dashboard_names_are_those_that_people_know(run):
+    names = {
+        "reward/mean", "reward/std", "reward/num_failed", "frac_reward_zero_std", "rewards/has_letter_e/mean",
+        "mismatch/kl", "mismatch/logprob_abs_diff_mean", "mismatch/logprob_abs_diff_max",
+        "actor/pg_loss", "actor/pg_clipfrac", "actor/ppo_kl", "actor/entropy", "actor/grad_norm", "actor/lr",
+        "response_length/mean", "response_length/max", "response_length/min", "response_length/clip_ratio",
+        "response/aborted_ratio",
+        "timing_s/rollout", "timing_s/reward", "timing_s/train", "timing_s/weight_sync", "timing_s/step",
+        "perf/rollout_tokens_per_second", "perf/train_tokens_per_second",
+        "perf/engine_num_threads", "perf/trainer_num_threads",
+    }  # fmt: skip
+    for metrics in run.history[1:]:
+        assert names <= set(metrics)
+        assert all(isinstance(value, int | float) for value in metrics.values())
+
+
+def test_expected_reward_is_measured_at_start_end_and_between(run, engine_config):
+    assert ["eval/expected_reward" in metrics for metrics in run.history] == [True, False, True, True]
+    policy = Policy(engine_config.model, num_threads=1)
+    expected = policy.expected_reward([row["prompt"] for row in EVAL_ROWS], [" 15\n", ["the ", "so"]])
+    assert run.history[0] == {
+        "step": 0,
+        "eval/expected_reward": expected,
+        "timing_s/eval": run.history[0]["timing_s/eval"],
+    }
+
+
+def test_callbacks_see_every_step_as_it_ends(run):
+    assert run.seen == run.history
+    step = ["rollout", "reward", "train", "weight_sync"]
+    assert run.phases == ["eval", *step, *step, "eval", *step, "eval"]
+
+
+def test_the_final_weights_are_those_of_the_last_version(run, engine_config):
+    saved = Policy(str(Path(run.trainer.config.output_dir) / "weights"), num_threads=1)
+    expected = saved.expected_reward([row["prompt"] for row in EVAL_ROWS], [" 15\n", ["the ", "so"]])
+    assert expected == run.history[-1]["eval/expected_reward"]
+    assert expected != run.history[0]["eval/expected_reward"]
+
+
+def test_the_same_seed_gives_the_same_run_whatever_the_engines(run, engine_config):
+    config, one_thread = dataclasses.replace(CONFIG, num_engines=2), dataclasses.replace(engine_config, num_threads=1)
+    again = GRPOTrainer(config, one_thread, ROWS, has_letter_e, EVAL_ROWS)
+    for first, second in zip(run.history, again.train(), strict=True):
+        for name in first.keys() - {"step"}:
+            if not name.startswith(("timing_s/", "perf/", "weight_sync/")):
+                assert first[name] == second[name], name
+    token_ids = [[r.token_ids for r in group] for group in run.trainer.batch.groups]
+    assert token_ids == [[r.token_ids for r in group] for group in again.batch.groups]
+
+
+def test_threads_and_fingerprint_are_recorded(run):
+    assert run.trainer.environment["engine"]["num_threads"] == 2
+    assert run.trainer.environment["trainer"]["num_threads"] == 1
+    assert run.history[-1]["perf/engine_num_threads"] == 2
+    assert run.history[-1]["perf/trainer_num_threads"] == 1
+    fingerprints = {rollout.kernel_fingerprint for group in run.trainer.batch.groups for rollout in group}
+    assert fingerprints == {run.trainer.environment["trainer"]["kernel_fingerprint"]}
+
+
+def test_a_failing_reward_function_is_masked_and_counted_and_the_run_goes_on(ray_cluster, engine_config):
+    calls = []
+
+    def fails_on_the_second_call(completions):
+        calls.append(len(completions))
+        if len(calls) == 2:
+            raise RuntimeError("no judge today")
+        return has_letter_e(completions)
+
+    history = GRPOTrainer(CONFIG, engine_config, ROWS, fails_on_the_second_call).train()
+    assert [metrics["reward/num_failed"] for metrics in history[1:]] == [0, 16, 0]
+    assert [metrics["policy_version"] for metrics in history[1:]] == [1, 1, 2]
+    assert [metrics["actor/num_skipped_steps"] for metrics in history[1:]] == [0, 1, 1]
+    assert "reward/mean" not in history[2]
+    assert history[2]["mismatch/num_tokens"] == 0
+    assert history[3]["mismatch/logprob_abs_diff_max"] == 0.0
+
+
+def test_groups_without_spread_are_compared_where_asked_for_but_not_trained(ray_cluster, engine_config):
+    def always_right(completions):
+        return [1.0] * len(completions)
+
+    config = dataclasses.replace(CONFIG, num_steps=1, check_all_groups=True)
+    trainer = GRPOTrainer(config, engine_config, ROWS, always_right)
+    metrics = trainer.train()[1]
+    assert metrics["frac_reward_zero_std"] == 1.0
+    assert metrics["actor/num_skipped_steps"] == 1
+    assert metrics["policy_version"] == 0
+    assert metrics["mismatch/num_tokens"] == sum(len(r.token_ids) for group in trainer.batch.groups for r in group)
+    assert metrics["mismatch/logprob_abs_diff_max"] == 0.0
+
+
+def test_shuffled_rewards_change_the_advantages_but_not_the_reported_reward(run, engine_config):
+    config = dataclasses.replace(CONFIG, num_steps=1, shuffle_rewards=True)
+    shuffled = GRPOTrainer(config, engine_config, ROWS, has_letter_e)
+    assert shuffled.train()[1]["reward/mean"] == run.history[1]["reward/mean"]
+    assert torch.equal(shuffled.batch.rewards.total, run.batches[1].rewards.total)
+    assert not torch.equal(shuffled.batch.advantages, run.batches[1].advantages)
+
+
+def test_prompts_come_in_full_passes_in_an_order_fixed_by_the_seed(engine_config):
+    config = dataclasses.replace(CONFIG, num_steps=9)
+    batches = list(GRPOTrainer(config, engine_config, ROWS, has_letter_e)._batches())
+    drawn = [row["prompt"] for batch in batches for row in batch]
+    assert [len(batch) for batch in batches] == [4] * 9
+    assert sorted(drawn[:18]) == sorted(drawn[18:]) == sorted(row["prompt"] for row in ROWS)
+    assert drawn[:18] != drawn[18:]
+    other = GRPOTrainer(dataclasses.replace(config, seed=2), engine_config, ROWS, has_letter_e)._batches()
+    assert [row["prompt"] for row in next(other)] != drawn[:4]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_ends_the_run_with_nothing_left_running(engine_config, tmp_path, signum):
+    script = tmp_path / "run.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import os
+        from rollout import EngineConfig
+        from trainers import GRPOConfig, GRPOTrainer
+
+        def reward(completions):
+            return [float("e" in text) for text in completions]
+
+        def show(metrics):
+            print("step", metrics["step"], flush=True)
+
+        config = GRPOConfig(num_steps=100000, num_prompts=2, group_size=2, max_tokens=4, num_threads=1)
+        engine_config = EngineConfig(model={engine_config.model!r}, num_threads=1)
+        rows = [{{"prompt": "it is ", "answer": ""}}]
+        try:
+            GRPOTrainer(config, engine_config, rows, reward, callbacks=[show]).train()
+        except KeyboardInterrupt:
+            import ray
+            print("interrupted", ray.is_initialized(), flush=True)
+        """)
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment |= {"PYTHONPATH": os.getcwd(), "LOCKSTEP_TEST_RUN": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    for line in process.stdout:
+        if line.startswith("step 2"):
+            break
+    # Ctrl-C reaches every process in the terminal's foreground group, a SIGTERM only the one it is sent to.
+    (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
+    output, _ = process.communicate(timeout=60)
+    assert "interrupted False" in output
+    assert process.returncode == 0
+    assert processes_with_environment(f"LOCKSTEP_TEST_RUN={tmp_path}") == []
+
+
+def processes_with_environment(entry: str) -> list[str]:
+    """Command lines of the live processes that inherited an environment variable."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if entry.encode() in (process / "environ").read_bytes().split(b"\0"):
+                found.append((process / "cmdline").read_text())
+    return found
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"num_prompts": 0}, {"group_size": 0}, {"max_tokens": 0}, {"num_iterations": 0}, {"num_engines": 0},
+        {"micro_batch_tokens": 0}, {"num_steps": -1}, {"warmup_steps": -1}, {"eval_every": -1}, {"kl_coef": -0.1},
+        {"learning_rate": 0.0}, {"max_grad_norm": 0.0}, {"clip_low": 0.0}, {"clip_low": 1.5}, {"clip_high": 0.0},
+        {"temperature": 0.0}, {"num_threads": 0},
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_named(field):
+    ((name, value),) = field.items()
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        GRPOConfig(**field)
+
+
+def test_data_without_the_needed_columns_is_refused(engine_config):
+    with pytest.raises(ValueError, match="no rows"):
+        GRPOTrainer(CONFIG, engine_config, [], has_letter_e)
+    with pytest.raises(ValueError, match=r"row 0 .*'question'.* no `prompt`"):
+        GRPOTrainer(CONFIG, engine_config, [{"question": "1 + 1"}], has_letter_e)
+    with pytest.raises(ValueError, match="`answer` or `right_completions`"):
+        GRPOTrainer(CONFIG, engine_config, ROWS, has_letter_e, eval_rows=[{"prompt": "1 + 1"}])

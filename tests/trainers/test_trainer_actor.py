@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from engine import EngineConfig, LLMEngine, SamplingParams
+from trainers import GRPOConfig
+from trainers.trainer_actor import TrainerActor
+
+PROMPTS = [[5, 9, 11, 30], [7], list(range(40, 90))]
+PARAMS = SamplingParams(n=4, temperature=1.0, max_tokens=12, seed=3)
+CONFIG = GRPOConfig(learning_rate=1e-3, warmup_steps=0, micro_batch_tokens=64, max_tokens=12, num_threads=1)
+
+
+class OneEngine:
+    """Stands where a pool's handle does: one engine of this process takes the weights."""
+
+    def __init__(self, engine: LLMEngine) -> None:
+        self.engine = engine
+
+    def sync_weights(self, named_tensors, policy_version):
+        return self.engine.update_weights(named_tensors, policy_version)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir) -> str:
+    return str(tiny_model_dir("llama"))
+
+
+@pytest.fixture
+def engine(model) -> LLMEngine:
+    return LLMEngine(EngineConfig(model=model, num_threads=2))
+
+
+@pytest.fixture
+def start(model, engine):
+    return lambda **changes: TrainerActor(model, dataclasses.replace(CONFIG, **changes), OneEngine(engine))
+
+
+@pytest.fixture
+def draw(engine, draw_rollouts):
+    return lambda: [rollout for group in draw_rollouts(engine, PROMPTS, PARAMS) for rollout in group]
+
+
+def advantages_of(rollouts) -> list[float]:
+    return [(-1.0) ** i for i in range(len(rollouts))]
+
+
+def test_mismatch_is_exactly_zero_on_every_token_of_every_step(start, draw):
+    trainer = start()
+    for version in range(1, 4):
+        rollouts = draw()
+        metrics = trainer.step(rollouts, advantages_of(rollouts))
+        assert metrics["policy_version"] == version
+        assert metrics["mismatch/num_tokens"] == sum(len(r.token_ids) for r in rollouts)
+        assert metrics["mismatch/logprob_abs_diff_max"] == 0.0
+        assert metrics["mismatch/kl"] == 0.0
+        assert metrics["actor/pg_clipfrac"] == 0.0
+        assert metrics["actor/grad_norm"] > 0
+        trainer.sync()
+
+
+def test_a_wrong_logprob_shows_as_mismatch(start, draw):
+    rollouts = draw()
+    logprobs = list(rollouts[3].logprobs)
+    logprobs[0] += 2**-10
+    rollouts[3] = dataclasses.replace(rollouts[3], logprobs=logprobs)
+    metrics = start().step(rollouts, advantages_of(rollouts))
+    assert metrics["mismatch/logprob_abs_diff_max"] == pytest.approx(2**-10, rel=1e-3)
+
+
+def test_nothing_to_train_on_rests_the_optimiser(start, draw):
+    trainer = start()
+    before = {name: tensor.clone() for name, tensor in trainer.policy.named_weights()}
+    metrics = trainer.step([], [])
+    assert metrics["actor/num_skipped_steps"] == 1
+    assert metrics["policy_version"] == 0
+    assert metrics["mismatch/num_tokens"] == 0
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.policy.named_weights())
+
+
+def test_checked_rollouts_are_compared_but_not_trained(start, draw):
+    rollouts = draw()
+    metrics = start().step(rollouts[:4], [1.0, -1.0, 1.0, -1.0], checked=rollouts[4:])
+    assert metrics["mismatch/num_tokens"] == sum(len(r.token_ids) for r in rollouts)
+    assert metrics["mismatch/logprob_abs_diff_max"] == 0.0
+    assert metrics["actor/num_tokens"] == sum(len(r.token_ids) for r in rollouts[:4])
+
+
+def test_tokens_that_the_engine_did_not_draw_are_not_compared(start, draw):
+    rollouts = draw()
+    first = rollouts[0]
+    rollouts[0] = dataclasses.replace(
+        first, loss_mask=[0] + [1] * (len(first.token_ids) - 1), logprobs=[0.0, *first.logprobs[1:]]
+    )
+    metrics = start().step(rollouts, advantages_of(rollouts))
+    assert metrics["mismatch/num_tokens"] == sum(len(r.token_ids) for r in rollouts) - 1
+    assert metrics["mismatch/logprob_abs_diff_max"] == 0.0
+
+
+def test_later_iterations_clip_but_the_mismatch_stays_that_of_the_first(start, draw):
+    rollouts = draw()
+    metrics = start(num_iterations=3, learning_rate=3e-2).step(rollouts, advantages_of(rollouts))
+    assert metrics["policy_version"] == 3
+    assert metrics["mismatch/logprob_abs_diff_max"] == 0.0
+    assert metrics["actor/pg_clipfrac"] > 0.0
+    assert metrics["actor/ppo_kl"] != 0.0
+
+
+def test_the_kl_to_the_first_model_is_zero_at_first_and_grows(start, draw):
+    trainer = start(kl_coef=0.1, learning_rate=1e-2)
+    rollouts = draw()
+    assert trainer.step(rollouts, advantages_of(rollouts))["actor/kl_loss"] == 0.0
+    trainer.sync()
+    rollouts = draw()
+    assert trainer.step(rollouts, advantages_of(rollouts))["actor/kl_loss"] > 0.0
+
+
+def test_micro_batches_do_not_change_the_figures(start, draw):
+    rollouts = draw()
+    small = start(micro_batch_tokens=16).step(rollouts, advantages_of(rollouts))
+    large = start(micro_batch_tokens=4096).step(rollouts, advantages_of(rollouts))
+    for name in ("actor/pg_loss", "actor/entropy", "actor/grad_norm"):
+        assert small[name] == pytest.approx(large[name], rel=1e-4, abs=1e-6)
+
+
+def test_other_kernels_are_refused(start, draw):
+    rollouts = draw()
+    rollouts[2] = dataclasses.replace(rollouts[2], kernel_fingerprint="another")
+    with pytest.raises(ValueError, match=r"g0\[2\].*fingerprint another"):
+        start().step(rollouts, advantages_of(rollouts))
+
+
+def test_stale_rollouts_are_refused(start, draw):
+    trainer = start()
+    rollouts = draw()
+    trainer.step(rollouts, advantages_of(rollouts))
+    with pytest.raises(ValueError, match=r"versions \[0\], the trainer is at 1"):
+        trainer.step(rollouts, advantages_of(rollouts))
+
+
+def test_threads_and_fingerprint_are_recorded(start, engine):
+    environment = start(num_threads=2).environment()
+    assert environment["num_threads"] == environment["num_torch_threads"] == 2
+    assert environment["kernel_fingerprint"] == engine.kernel_fingerprint

@@ -1,0 +1,341 @@
+"""GRPO: the training loop, from prompts to synchronised weights, read from top to bottom."""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+import torch
+from ray.exceptions import RayTaskError
+
+from rollout import EngineConfig, Rollout, RolloutPool, SamplingParams
+from trainers.advantages import group_advantages, has_spread, shuffle_rewards
+from trainers.losses import KLEstimator
+from trainers.metrics import PhaseTimer, response_metrics, reward_metrics
+from trainers.rewards import RewardFunction, Rewards, function_names, score
+from trainers.trainer_actor import start_trainer_actor
+
+Row = Mapping[str, Any]
+Callback = Callable[[dict[str, float]], None]
+
+STOP_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GRPOConfig:
+    """What a GRPO run does; the model and the engine's settings are EngineConfig's."""
+
+    num_steps: int = 60
+    """Rollout batches to train on."""
+    num_prompts: int = 16
+    """Prompts of a batch."""
+    group_size: int = 8
+    """Samples of each prompt."""
+    num_iterations: int = 1
+    """Optimiser steps on each batch."""
+
+    temperature: float = 1.0
+    """Sampling temperature."""
+    max_tokens: int = 5
+    """Longest completion, in tokens."""
+    stop: tuple[str, ...] = ("\n",)
+    """Texts that end a completion; their tokens are trained."""
+
+    learning_rate: float = 3e-6
+    """AdamW's learning rate after warm-up."""
+    warmup_steps: int = 3
+    """Optimiser steps over which the learning rate rises linearly."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW's decay rates of the two moments."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: float = 1.0
+    """Longer gradients are shortened to this norm."""
+
+    clip_low: float = 0.2
+    """The ratio counts no further down than 1 - clip_low."""
+    clip_high: float = 0.2
+    """The ratio counts no further up than 1 + clip_high; 0.28 is DAPO's."""
+    kl_coef: float = 0.0
+    """Weight of the KL to the model that the run began with; above 0 a copy of it is kept in memory."""
+    kl_estimator: KLEstimator = "k3"
+    """Estimator of that KL."""
+    loss_aggregation: Literal["token-mean", "seq-mean-token-sum-norm"] = "token-mean"
+    """Mean over all trained tokens of the batch (DAPO), or sum over samples x max_tokens (Dr. GRPO)."""
+    advantage_scale: Literal["std", "none"] = "std"
+    """Divide advantages by the group's standard deviation, or not (Dr. GRPO)."""
+    advantage_baseline: Literal["mean", "leave_one_out"] = "mean"
+    """Compare with the group's mean, or with the mean of the sample's siblings (RLOO)."""
+    advantage_epsilon: float = 1e-4
+    """Added to the standard deviation."""
+    skip_zero_std_groups: bool = True
+    """Leave groups whose rewards are all equal out of the training forward."""
+    check_all_groups: bool = False
+    """Compare log-probabilities on the groups that are left out, too, at the cost of a forward."""
+    shuffle_rewards: bool = False
+    """Deal rewards out at random over the batch: a control that must not learn."""
+
+    num_engines: int = 1
+    """Engine actors that generate."""
+    num_threads: int | None = None
+    """CPU threads of the trainer; None takes every core."""
+    micro_batch_tokens: int = 1024
+    """Rows of one training forward; bounds its memory."""
+    share_prompts: bool = True
+    """Compute a group's prompt once in the training forward."""
+    seed: int = 0
+    """Seed of the order of prompts and of every sample."""
+    eval_every: int = 10
+    """Steps between measurements of the expected reward; it is always measured before the first and after the last."""
+    answer_template: str = " {answer}\n"
+    """The completion that counts as right where an evaluation row has no `right_completions` of its own."""
+    output_dir: str | None = None
+    """The trained weights are left in its folder `weights`, in Hugging Face format."""
+
+    def __post_init__(self) -> None:
+        positive = ("num_prompts", "group_size", "num_iterations", "max_tokens", "num_engines", "micro_batch_tokens")
+        for name in positive:
+            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("num_steps", "warmup_steps", "eval_every", "weight_decay", "kl_coef", "advantage_epsilon"):
+            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        for name in ("learning_rate", "max_grad_norm", "clip_high"):
+            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
+        _require(0 < self.clip_low <= 1, f"clip_low={self.clip_low} must be above 0 and at most 1")
+        _require(self.temperature > 0, f"temperature={self.temperature} must be above 0: greedy groups have no spread")
+        threads = self.num_threads
+        _require(threads is None or threads >= 1, f"num_threads={threads} must be at least 1, or None for every core")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """The latest step's rollouts and what they were worth, for callbacks that show or keep them."""
+
+    rows: Sequence[Row]  # one per group
+    groups: Sequence[Sequence[Rollout]]  # P groups of G
+    rewards: Rewards
+    advantages: torch.Tensor  # [P, G] float32
+
+
+class GRPOTrainer:
+    """Group relative policy optimisation (arXiv 2402.03300) on exact on-policy rollouts.
+
+    rows: dictionaries with a `prompt` (text, token ids or chat messages); further columns go to the reward functions.
+    reward_functions: f(prompts, completions, **columns) -> list of float or None, sync or async (see rewards.py).
+    eval_rows: held-out rows with an `answer` (see answer_template) or `right_completions` (a text or list of texts).
+    callbacks: called with the metrics of each step, and before the first step with those of step 0; `batch` and
+    `environment` of this object then hold what belongs to them. on_phase is called with the name of each phase
+    ("rollout", "reward", "train", "weight_sync", "eval") as it begins.
+    """
+
+    def __init__(
+        self,
+        config: GRPOConfig,
+        engine_config: EngineConfig,
+        rows: Sequence[Row],
+        reward_functions: RewardFunction | Sequence[RewardFunction],
+        eval_rows: Sequence[Row] | None = None,
+        callbacks: Sequence[Callback] = (),
+        on_phase: Callable[[str], None] | None = None,
+    ) -> None:
+        self.config, self.engine_config = config, engine_config
+        self.reward_functions = [reward_functions] if callable(reward_functions) else list(reward_functions)
+        function_names(self.reward_functions)
+        self.rows = _checked_rows(rows)
+        self.eval_rows = eval_rows or ()
+        self.right_completions = [_right_completions(row, config.answer_template) for row in self.eval_rows]
+        self.callbacks, self.on_phase = tuple(callbacks), on_phase
+        self.sampling_params = SamplingParams(
+            n=config.group_size, temperature=config.temperature, max_tokens=config.max_tokens, stop=config.stop
+        )
+        self.batch: Batch | None = None
+        self.environment: dict[str, Any] = {}
+
+    def train(self) -> list[dict[str, float]]:
+        """Run every step; returns the metrics of each, step 0 (the untrained model) first.
+
+        Ctrl-C and SIGTERM raise KeyboardInterrupt here, after engines and trainer have been shut down.
+        """
+        config = self.config
+        with (
+            RolloutPool(self.engine_config, num_engines=config.num_engines, seed=config.seed) as pool,
+            _sigterm_as_interrupt(),
+            _trainer_actor(config, pool) as trainer,
+        ):
+            self.environment = self._environment(pool, trainer)
+            history = [self._report(self._evaluate(0, trainer))]
+            for step, rows in enumerate(self._batches(), start=1):
+                metrics = self._step(step, rows, pool, trainer)
+                history.append(self._report(metrics | self._evaluate(step, trainer)))
+            self._save_weights(trainer)
+        return history
+
+    def _step(self, step: int, rows: Sequence[Row], pool: RolloutPool, trainer: Any) -> dict[str, float]:
+        timer = PhaseTimer(self.on_phase)
+        with timer("rollout"):
+            group_ids = [f"step{step}-prompt{p}" for p in range(len(rows))]
+            groups = pool.generate([row["prompt"] for row in rows], self.sampling_params, group_ids=group_ids)
+        with timer("reward"):
+            rewards = score(self.reward_functions, rows, groups)
+            total = self._shuffled(rewards.total, step) if self.config.shuffle_rewards else rewards.total
+            advantages = self._advantages(total)
+        with timer("train"):
+            actor_metrics = _ask(trainer.step, *self._select(groups, total, advantages))
+        with timer("weight_sync"):
+            sync_metrics = self._sync(pool, trainer, actor_metrics["policy_version"])
+        self.batch = Batch(rows=rows, groups=groups, rewards=rewards, advantages=advantages)
+        rollouts = [rollout for group in groups for rollout in group]
+        return {
+            "step": step,
+            **reward_metrics(rewards),
+            **response_metrics(rollouts),
+            **actor_metrics,
+            **sync_metrics,
+            **timer.metrics(),
+            "perf/rollout_tokens_per_second": sum(len(r.token_ids) for r in rollouts) / timer.seconds["rollout"],
+            "perf/train_tokens_per_second": actor_metrics["actor/num_rows"] / timer.seconds["train"],
+            "perf/engine_num_threads": self.environment["engine"]["num_threads"],
+            "perf/trainer_num_threads": self.environment["trainer"]["num_threads"],
+        }
+
+    def _shuffled(self, total: torch.Tensor, step: int) -> torch.Tensor:
+        return shuffle_rewards(total, torch.Generator().manual_seed(self.config.seed * 1_000_003 + step))
+
+    def _advantages(self, total: torch.Tensor) -> torch.Tensor:
+        config = self.config
+        return group_advantages(
+            total,
+            epsilon=config.advantage_epsilon,
+            scale=config.advantage_scale,
+            baseline=config.advantage_baseline,
+        )
+
+    def _select(
+        self, groups: Sequence[Sequence[Rollout]], total: torch.Tensor, advantages: torch.Tensor
+    ) -> tuple[list[Rollout], list[float], list[Rollout]]:
+        """The samples to train on with their advantages, and those only to be checked."""
+        is_trained = ~total.isnan()
+        if self.config.skip_zero_std_groups:
+            is_trained &= has_spread(total)[:, None]
+        trained, trained_advantages, left_out = [], [], []
+        for group, flags, values in zip(groups, is_trained.tolist(), advantages.tolist(), strict=True):
+            for rollout, flag, advantage in zip(group, flags, values, strict=True):
+                if flag:
+                    trained.append(rollout)
+                    trained_advantages.append(advantage)
+                else:
+                    left_out.append(rollout)
+        return trained, trained_advantages, left_out if self.config.check_all_groups else []
+
+    def _sync(self, pool: RolloutPool, trainer: Any, policy_version: int) -> dict[str, float]:
+        if policy_version == pool.policy_version:  # the optimiser rested
+            return {}
+        report = _ask(trainer.sync)
+        return {"weight_sync/bytes": report.bytes, "weight_sync/pause_seconds": max(report.pause_seconds)}
+
+    def _evaluate(self, step: int, trainer: Any) -> dict[str, float]:
+        """The expected reward where it is due, by name; step 0 always reports its number."""
+        every = self.config.eval_every
+        is_due = step in (0, self.config.num_steps) or (every > 0 and step % every == 0)
+        metrics: dict[str, float] = {} if step else {"step": 0}
+        if is_due and self.eval_rows:
+            timer = PhaseTimer(self.on_phase)
+            with timer("eval"):
+                prompts = [row["prompt"] for row in self.eval_rows]
+                expected_reward = _ask(trainer.expected_reward, prompts, self.right_completions)
+            metrics |= {"eval/expected_reward": expected_reward, "timing_s/eval": timer.seconds["eval"]}
+        return metrics
+
+    def _batches(self) -> Iterator[list[Row]]:
+        """The rows of each step: passes over the data set, each in a new order fixed by the seed."""
+        order_generator = random.Random(self.config.seed)
+        queue: list[Row] = []
+        for _ in range(self.config.num_steps):
+            while len(queue) < self.config.num_prompts:
+                queue.extend(order_generator.sample(self.rows, len(self.rows)))
+            yield queue[: self.config.num_prompts]
+            del queue[: self.config.num_prompts]
+
+    def _environment(self, pool: RolloutPool, trainer: Any) -> dict[str, Any]:
+        return {
+            "engine": {
+                "num_engines": len(pool.engine_infos),
+                "num_threads": pool.engine_infos[0].num_threads,
+                "max_model_len": pool.engine_infos[0].max_model_len,
+                "kernel_fingerprint": pool.kernel_fingerprint,
+            },
+            "trainer": _ask(trainer.environment),
+        }
+
+    def _report(self, metrics: dict[str, float]) -> dict[str, float]:
+        for callback in self.callbacks:
+            callback(metrics)
+        return metrics
+
+    def _save_weights(self, trainer: Any) -> None:
+        if self.config.output_dir is not None:
+            directory = Path(self.config.output_dir).absolute() / "weights"
+            _ask(trainer.save_pretrained, str(directory))
+
+
+@contextmanager
+def _trainer_actor(config: GRPOConfig, pool: RolloutPool) -> Iterator[Any]:
+    trainer = start_trainer_actor(config, pool.handle())
+    try:
+        yield trainer
+    finally:
+        ray.kill(trainer)
+        ray.wait([trainer.__ray_ready__.remote()], timeout=STOP_SECONDS)  # ends when Ray knows that it is dead
+
+
+def _ask(method: Any, *arguments: Any) -> Any:
+    """Calls a method of the trainer actor; what it raises is raised here as it was there."""
+    try:
+        return ray.get(method.remote(*arguments))
+    except RayTaskError as error:
+        raise error.cause from error
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """While inside, SIGTERM raises KeyboardInterrupt as Ctrl-C does, so that every `finally` runs."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
+        yield
+        return
+
+    def interrupt(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt(f"signal {signum}")
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _checked_rows(rows: Sequence[Row]) -> list[Row]:
+    if not len(rows):
+        raise ValueError("the data set has no rows")
+    for i, row in enumerate(rows):
+        if "prompt" not in row:
+            raise ValueError(f"row {i} of the data set has the columns {sorted(row)}, but no `prompt`")
+    return list(rows)
+
+
+def _right_completions(row: Row, answer_template: str) -> str | Sequence[str]:
+    if "right_completions" in row:
+        return row["right_completions"]
+    if "answer" not in row:
+        raise ValueError(f"an evaluation row needs `answer` or `right_completions`; it has {sorted(row)}")
+    return answer_template.format(answer=row["answer"])
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
