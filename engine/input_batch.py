@@ -24,7 +24,7 @@ class InputBatch:
     slot_mapping: torch.Tensor  # [T] int64
     sampled_rows: torch.Tensor  # [R] int64, rows of the batch
     temperature: torch.Tensor  # [R] float32, 1.0 where greedy
-    draws: torch.Tensor  # [5, n] int64: index into sampled_rows, seed bits, position in the completion, sample index, greedy
+    draws: torch.Tensor  # [5, n] int64: entry of sampled_rows, seed, position in the completion, sample index, greedy
 
     @classmethod
     def from_plan(cls, plan: SchedulerOutput, block_size: int) -> InputBatch:

@@ -30,8 +30,8 @@ def resolve_num_blocks(config: EngineConfig, model_config: ModelConfig, max_mode
     if config.kv_cache_memory_bytes is not None:
         if config.kv_cache_memory_bytes < size:
             raise ValueError(
-                f"kv_cache_memory_bytes={config.kv_cache_memory_bytes} holds no block: one of {config.block_size} tokens "
-                f"takes {size} bytes"
+                f"kv_cache_memory_bytes={config.kv_cache_memory_bytes} holds no block: one of {config.block_size} "
+                f"tokens takes {size} bytes"
             )
         return config.kv_cache_memory_bytes // size
     most = config.max_num_seqs * -(-max_model_len // config.block_size)

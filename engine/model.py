@@ -28,7 +28,7 @@ EMBEDDING, LM_HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", 
 
 
 class PackedLinear(nn.Module):
-    """A matrix [N, K] in packed storage, with a master for training where asked for, and a bias where the model has one."""
+    """A matrix [N, K] in packed storage; with a master where it is trained and a bias where the model has one."""
 
     def __init__(self, num_outputs: int, num_inputs: int, *, has_bias: bool = False, with_master: bool) -> None:
         super().__init__()
@@ -83,9 +83,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.layer, self.config = layer, config
         num_qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        self.qkv = PackedLinear(
-            num_qkv, config.hidden_size, has_bias=config.attention_bias, with_master=with_masters
-        )
+        self.qkv = PackedLinear(num_qkv, config.hidden_size, has_bias=config.attention_bias, with_master=with_masters)
         self.output = PackedLinear(
             config.hidden_size, config.num_heads * config.head_dim,
             has_bias=config.attention_output_bias, with_master=with_masters,
@@ -246,10 +244,12 @@ class Transformer(nn.Module):
         unknown = sorted(name for name in staged if name not in self._slots and not self._is_tied_head(name))
         missing = sorted(self._slots.keys() - staged.keys())
         if unknown or missing:
+            problems = [
+                _name_some(kind, names) for kind, names in (("missing", missing), ("unknown", unknown)) if names
+            ]
             raise ValueError(
-                f"weights do not fit this {self.config.architecture}: "
-                + "; ".join(_name_some(kind, names) for kind, names in (("missing", missing), ("unknown", unknown)) if names)
-                + f". All {len(self._slots)} are needed, under their Hugging Face names"
+                f"weights do not fit this {self.config.architecture}: {'; '.join(problems)}. All {len(self._slots)} are "
+                "needed, under their Hugging Face names"
             )
         return staged
 
@@ -261,7 +261,9 @@ class Transformer(nn.Module):
         for name, tensor in staged.items():
             shape = self._slots[EMBEDDING if self._is_tied_head(name) else name].shape
             if tuple(tensor.shape) != shape or not tensor.is_floating_point():
-                raise ValueError(f"weight {name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}; needed: floats of {shape}")
+                raise ValueError(
+                    f"weight {name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}; needed: floats of shape {shape}"
+                )
             digests[name], has_nonfinite = digest_and_scan(_as_float32(tensor))
             if has_nonfinite:
                 raise ValueError(f"weight {name!r} holds NaN or infinite values: no weight was changed")
@@ -292,7 +294,8 @@ def _weight_slots(model: Transformer) -> Iterator[tuple[str, _WeightSlot]]:
 def _attention_slots(attention: SelfAttention) -> Iterator[tuple[str, _WeightSlot]]:
     config = attention.config
     first_row = 0
-    for name, num_heads in (("q_proj", config.num_heads), ("k_proj", config.num_kv_heads), ("v_proj", config.num_kv_heads)):
+    heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads, "v_proj": config.num_kv_heads}
+    for name, num_heads in heads.items():
         num_rows = num_heads * config.head_dim
         yield name + ".weight", _matrix(attention.qkv, first_row, num_rows)
         if attention.qkv.bias is not None:

@@ -10,13 +10,13 @@ from kernels.logprobs import sample
 
 
 class Sampler:
-    """A draw is keyed by the request's seed, the position in its completion and the sample's index, and by nothing else."""
+    """A draw is keyed by the request's seed, the position in its completion and the sample's index alone."""
 
     def __init__(self, lm_head: PackedLinear) -> None:
         self.lm_head = lm_head
 
     def __call__(self, hidden_TD: torch.Tensor, batch: InputBatch) -> tuple[list[int], list[float]]:
-        """(token ids, log-probabilities) in the order of the plan's samples; each log-probability is exactly a float32."""
+        """(token ids, log-probabilities) in the order of the plan's samples; the latter are exactly float32."""
         if not batch.sampled_rows.numel():
             return [], []
         if batch.sampled_rows.numel() < batch.num_rows:

@@ -1,16 +1,136 @@
-"""The kernel fingerprint: what fixes the bits of a numerics profile. (First version; the numerics builder replaces it.)"""
+"""The kernel fingerprint: one hash of all that fixes the bits, by which engine and trainer tell that they agree."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import math
+import platform
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from kernels import reference
+from kernels.activation import silu_and_mul
+from kernels.attention import MAX_HEAD_DIM, PackedPlan, kv_store, packed_attention, paged_attention
+from kernels.library import instruction_set
+from kernels.linear import PANEL, embedding, linear, pack_rows, packed_shape
+from kernels.logprobs import sample, token_logprobs, vocab_stats
+from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rotary import MAX_POSITIONS, rotary, rotary_table
+
+CONTRACT_VERSION = 1  # of docs/numerics.md; a change that moves a bit raises it
+KV_DTYPES = {"float32": "float32"}  # profile -> in what keys and values are kept
+SELF_TEST_DIGESTS = {"float32": "05a02b3b056069f8a9b9ac539603894c"}
+
+
+@functools.cache
+def fingerprint(profile: str = "float32") -> str:
+    """Hex hash of a numerics profile: contract version, constants, KV dtype and what the self-test computed here.
+
+    Equal fingerprints mean equal bits. Threads and the instruction set are no part of it, since they do not show.
+
+    Raises:
+        ValueError: the profile is not known.
+        RuntimeError: this machine does not compute what the profile says (see `self_test`).
+    """
+    if profile not in SELF_TEST_DIGESTS:
+        raise ValueError(f"profile={profile!r} must be one of: {', '.join(SELF_TEST_DIGESTS)}")
+    constants = (
+        PANEL, reference.K_BLOCK, reference.MAX_SEGMENTS, reference.KEY_CHUNK, reference.VOCAB_BLOCK, MAX_HEAD_DIM,
+        MAX_POSITIONS,
+    )  # fmt: skip
+    facts = ("lockstep", CONTRACT_VERSION, profile, KV_DTYPES[profile], constants, _checked_digest(profile))
+    return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
 
 def self_test() -> None:
-    """Nothing yet."""
+    """Runs every kernel on fixed inputs, in a few milliseconds, and compares all output bits with the recorded digest.
+
+    Raises RuntimeError when they differ: on this machine the compiler or the processor breaks the contract.
+    """
+    _checked_digest("float32")
 
 
-def fingerprint(profile: str = "float32") -> str:
-    """Hex digest for a profile."""
-    if profile != "float32":
-        raise ValueError(f"profile={profile!r} must be 'float32'")
-    return hashlib.blake2b(b"lockstep 1 " + profile.encode(), digest_size=16).hexdigest()
+def self_test_digest() -> str:
+    """Hex digest of what the float32 kernels compute from fixed inputs, under the threads and build in force."""
+    digest = hashlib.blake2b(digest_size=16)
+    with torch.no_grad():
+        for output in _outputs():
+            digest.update(output.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _checked_digest(profile: str) -> str:
+    expected, got = SELF_TEST_DIGESTS[profile], self_test_digest()
+    if got != expected:
+        raise RuntimeError(
+            f"the kernels of profile {profile} do not give the recorded bits on {platform.node()} "
+            f"({platform.machine()}, instruction set {instruction_set()}): expected {expected}, got {got}. "
+            "Rollouts from here would match no trainer; please report the processor and the compiler's version"
+        )
+    return got
+
+
+def _outputs() -> Iterator[torch.Tensor]:
+    """What each kernel makes of its inputs: ragged widths, several trees, two chunks of keys, every way to sample."""
+    for width, num_outputs in ((72, 70), (576, 65), (2048, 16)):
+        x, weight = _numbers(7, width, seed=1), _numbers(num_outputs, width, seed=2)
+        yield linear(x, _packed(weight), num_outputs, _numbers(num_outputs, seed=3))
+    x, delta, weight = _numbers(5, 77, seed=4), _numbers(5, 77, seed=5), _numbers(77, seed=6)
+    yield embedding(torch.tensor([3, 64, 0]), _packed(_numbers(66, 20, seed=7)))
+    yield rms_norm(x, weight, 1e-5)
+    yield from add_rms_norm(x, delta, weight, 1e-6)
+    yield silu_and_mul(_numbers(5, 2 * 77, seed=8, low=-3, high=7))
+    table = rotary_table(300, 32, 1e5)
+    yield table
+    yield rotary(_numbers(5, 3, 32, seed=9), torch.tensor([0, 1, 77, 256, 299]), table)
+    yield from _attention_outputs()
+    yield from _logprob_outputs()
+
+
+def _attention_outputs() -> Iterator[torch.Tensor]:
+    q, scale = _numbers(24, 6, 80, seed=10, low=-3, high=1), 1 / math.sqrt(80)
+    k, v = _numbers(280, 2, 80, seed=11, low=-3, high=1), _numbers(280, 2, 80, seed=12)
+    keys = torch.full((20, 2, 80, 16), math.nan, dtype=torch.float32)
+    values = torch.full((20, 2, 16, 80), math.nan, dtype=torch.float32)
+    table = torch.arange(18) * 7 % 19
+    kv_store(k, v, keys, values, table[torch.arange(280) // 16] * 16 + torch.arange(280) % 16)
+    tables = table.int().expand(3, 18).contiguous()  # one sequence at three of its lengths
+    starts, lengths = torch.tensor([0, 11, 23, 24]).int(), torch.tensor([11, 262, 280]).int()
+    for window in (0, 100):
+        yield paged_attention(q, keys, values, tables, starts, lengths, scale, window)
+    plan = PackedPlan([(0, 10, -1), (10, 19, 0), (19, 20, 0), (20, 24, -1)])
+    yield packed_attention(q, k[:24], v[:24], plan, scale)
+
+
+def _logprob_outputs() -> Iterator[torch.Tensor]:
+    hidden, weight = _numbers(5, 72, seed=13, low=-3, high=2), _numbers(200, 72, seed=14, low=-4, high=0)
+    packed, temperature = _packed(weight), torch.tensor([1.0, 0.7, 2.0, 1.0, 30.0], dtype=torch.float32)
+    yield from vocab_stats(hidden, packed, 200, temperature)
+    number = torch.arange(40)
+    is_greedy = (number % 5 == 3).to(torch.uint8)
+    rows, indices = number % 5, number // 20
+    token_ids, logprobs = sample(hidden, packed, 200, temperature, rows, number << 40, number * 3, indices, is_greedy)
+    yield token_ids
+    yield logprobs
+    yield token_logprobs(hidden, packed, 200, torch.tensor([0, 63, 64, 199, 128]), temperature)
+
+
+def _numbers(*shape: int, seed: int, low: int = -5, high: int = 5) -> torch.Tensor:
+    """Float32 of either sign, any mantissa and exponents in [low, high), by integer arithmetic alone (splitmix64)."""
+    x = np.arange(math.prod(shape), dtype=np.uint64) + np.uint64(seed << 32)
+    x = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = x ^ (x >> np.uint64(31))
+    exponent = np.uint64(127 + low) + (x >> np.uint64(40)) % np.uint64(high - low)
+    words = (x & np.uint64(0x807FFFFF)) | (exponent << np.uint64(23))
+    return torch.from_numpy(words.astype(np.uint32).view(np.float32).reshape(shape))
+
+
+def _packed(weight: torch.Tensor) -> torch.Tensor:
+    packed = weight.new_zeros(packed_shape(*weight.shape))
+    pack_rows(packed, weight)
+    return packed

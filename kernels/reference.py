@@ -310,7 +310,8 @@ def vocab_stats(
     """(block_max, block_sum), each [T, ceil(V / 64)]: maximum and sum of exponentials of each vocabulary block."""
     z_TB64 = _blocks(_logits(hidden_TD, weight_VD, temperature_T))
     block_max = z_TB64.max(axis=2)
-    e = exp(z_TB64 - block_max[:, :, None])
+    with np.errstate(over="ignore"):
+        e = exp(z_TB64 - block_max[:, :, None])
     quarters = (e[..., :16] + e[..., 16:32]) + (e[..., 32:48] + e[..., 48:])
     return torch.from_numpy(block_max), torch.from_numpy(sum16(quarters))
 
@@ -384,7 +385,9 @@ def _blocks(z_TV: Array) -> Array:
 def _masses(block_max: Array, block_sum: Array) -> tuple[np.float32, list[float]]:
     """The highest logit of a row and each block's sum of exponentials relative to it, exact in float64."""
     top = block_max.max()
-    return top, [float(s) * float(factor) for s, factor in zip(block_sum, exp(block_max - top))]
+    with np.errstate(over="ignore"):
+        factors = exp(block_max - top)
+    return top, [float(s) * float(factor) for s, factor in zip(block_sum, factors)]
 
 
 def _running_totals(masses: list[float]) -> list[float]:

@@ -132,7 +132,10 @@ def end_of_text(model: str) -> str:
     from engine.checkpoint import resolve_model
     from engine.tokenizer import load_tokenizer
 
-    return load_tokenizer(resolve_model(model)).eos_token
+    text = getattr(load_tokenizer(resolve_model(model)), "eos_token", None)
+    if text is None:
+        raise ValueError(f"model={model!r} has no tokenizer with an end token: give a --stop text, or another --reward")
+    return text
 
 
 def make_configs(options: Options, path: Path) -> tuple[GRPOConfig, EngineConfig]:
@@ -156,7 +159,7 @@ def make_run_display(options: Options, path: Path, num_held_out: int) -> PlainDi
             RESPONSE_LENGTH: "tokens",
             ROLLOUT_SPEED: "tokens/s",
             TRAIN_SPEED: "tokens/s",
-            MISMATCH: "every trained token, bit for bit",
+            MISMATCH: f"every {'' if options.training.check_all_groups else 'trained '}token, bit for bit",
         },
         phase="starting Ray, engine and trainer",
     )

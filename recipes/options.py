@@ -84,8 +84,8 @@ class TrainingOptions:
     """Compare a sample with the mean of its group, or of its siblings alone (RLOO)."""
     skip_zero_std_groups: bool = True
     """Leave groups whose rewards are all equal out of the training forward; they teach nothing."""
-    check_all_groups: bool = False
-    """Measure the mismatch on the groups that are left out as well, at the cost of a forward."""
+    check_all_groups: bool = True
+    """Measure the mismatch on the samples that are not trained on as well, at the cost of a forward."""
     micro_batch_tokens: int = 1024
     """Rows of one training forward; bounds its memory."""
     eval_every: int = 10
@@ -132,7 +132,7 @@ class OutputOptions:
 class Options:
     """Trains a language model with GRPO on problems whose answers can be checked.
 
-    Every rollout's log-probabilities equal the trainer's bit for bit; the run measures it on every trained token.
+    Every rollout's log-probabilities equal the trainer's bit for bit; the run measures it on every token.
     """
 
     model: str = "smollm2-135m-instruct"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import site
@@ -17,6 +18,7 @@ from safetensors import safe_open
 SHARED_MEMORY = Path("/dev/shm")
 MIB = 2**20
 GIB = 2**30
+USABLE_SHARE = 0.95  # of /dev/shm's free memory, as Ray itself reckons
 ROLLOUT_BYTES = 256 * MIB  # what prompts and rollouts in transit may take
 # Above this size Ray refuses an object store outside shared memory unless told otherwise.
 RAY_SLOW_STORAGE_LIMIT = 10**10
@@ -56,10 +58,10 @@ def plan_object_store(weights_bytes: int, shared_memory_bytes: int, disk_bytes: 
     (64 MB in many containers) the store goes to disk, with a warning; RuntimeError says what to do if that fails too.
     """
     least = weights_bytes + weights_bytes // 10 + ROLLOUT_BYTES
-    usable = int(shared_memory_bytes * 0.95)
+    usable = int(shared_memory_bytes * USABLE_SHARE)
     if usable >= least:
         return ObjectStorePlan(num_bytes=min(usable, least + weights_bytes), warning=None)
-    remedy = f"give the container at least {least / GIB:.1f} GiB of it (docker run --shm-size={-(-least // GIB)}g)"
+    remedy = f"give the container more of it (docker run --shm-size={math.ceil(least / USABLE_SHARE / GIB)}g)"
     shortage = f"/dev/shm has {shared_memory_bytes / MIB:.0f} MiB free and weight sync needs {least / MIB:.0f} MiB"
     if disk_bytes < least:
         raise RuntimeError(f"{shortage}; {tempfile.gettempdir()} has only {disk_bytes / MIB:.0f} MiB: {remedy}")
@@ -73,8 +75,7 @@ def connect(weights_bytes: int, num_cpus: int) -> bool:
     if ray.is_initialized():
         return False
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(**_init_options())
-        _warn_of_small_store(weights_bytes)
+        _join(os.environ["RAY_ADDRESS"], weights_bytes)
         return False
     _start_local(weights_bytes, num_cpus)
     return True
@@ -102,6 +103,17 @@ def _import_path() -> dict[str, str]:
         return {}
     others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     return {"PYTHONPATH": os.pathsep.join([str(SOURCE_ROOT), *others])}
+
+
+def _join(address: str, weights_bytes: int) -> None:
+    try:
+        ray.init(**_init_options())
+    except ConnectionError as error:
+        hint = "" if os.environ.get("RAY_AUTH_MODE") else "; if it wants a token, set RAY_AUTH_MODE=token"
+        raise ConnectionError(
+            f"no Ray answers at RAY_ADDRESS={address}: check that it runs, or unset RAY_ADDRESS to start one here{hint}"
+        ) from error
+    _warn_of_small_store(weights_bytes)
 
 
 def _start_local(weights_bytes: int, num_cpus: int) -> None:

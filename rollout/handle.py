@@ -23,7 +23,7 @@ from rollout.errors import translate
 from rollout.requests import GroupRequest
 from rollout.rollout import Rollout
 from rollout.router import Assignment
-from rollout.stream import PendingGroup, RolloutStream
+from rollout.stream import PendingGroup, RolloutStream, Submission
 from rollout.sync_report import CommitReport, SyncMode, SyncReport
 from rollout.weight_sync import WeightBucket, WeightSender, check_sync_options
 
@@ -97,7 +97,7 @@ class PoolHandle:
         """Submits at once, as `generate` does, and iterates over the groups as they finish."""
         call_id = uuid.uuid4().hex
         groups = self._place(*self._check(prompts, params, group_ids, metadata))
-        stream = RolloutStream(call_id, groups, self.engines, self._release, timeout)
+        stream = RolloutStream(Submission(call_id, groups, self.engines, self._release, timeout))
         try:
             self._submit(call_id, groups)
         except BaseException:

@@ -55,11 +55,8 @@ class PendingGroup:
         )
 
 
-class RolloutStream:
-    """Iterates over finished groups (lists of Rollout, by sample index), with `for` or `async for`.
-
-    Leaving it early (break, an error, a timeout) aborts the groups that are still running.
-    """
+class Submission:
+    """Groups that were handed to engines, until each of them is back or given up."""
 
     def __init__(
         self,
@@ -76,33 +73,9 @@ class RolloutStream:
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._num_groups = len(groups)
         self._pending = {group.request.group_id: group for group in groups}
-        self._arrivals = self._collect()
 
-    def __iter__(self) -> Iterator[list[Rollout]]:
-        return self
-
-    def __next__(self) -> list[Rollout]:
-        return next(self._arrivals)[1]
-
-    def __aiter__(self) -> AsyncIterator[list[Rollout]]:
-        return self
-
-    async def __anext__(self) -> list[Rollout]:
-        arrival = await asyncio.to_thread(next, self._arrivals, _END)
-        if arrival is _END:
-            raise StopAsyncIteration
-        return arrival[1]
-
-    def in_prompt_order(self) -> list[list[Rollout]]:
-        """Waits for all groups."""
-        return [group for _, group in sorted(self._arrivals, key=lambda arrival: arrival[0])]
-
-    def close(self) -> None:
-        """Aborts what is still running."""
-        self._arrivals.close()
-        self._give_up()
-
-    def _collect(self) -> Iterator[tuple[int, list[Rollout]]]:
+    def arrivals(self) -> Iterator[tuple[int, list[Rollout]]]:
+        """(place of the prompt, its rollouts) as groups finish."""
         try:
             polls = {self._poll(i): i for i in sorted(self._engines_at_work())}
             while polls:
@@ -115,7 +88,16 @@ class RolloutStream:
                     polls[self._poll(engine_index)] = engine_index
                 yield from finished
         finally:
-            self._give_up()
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Tells engines and coordinator to drop unfinished groups. Waits for nobody: an engine may be dead."""
+        if not self._pending or not ray.is_initialized():
+            return
+        for engine_index in self._engines_at_work():
+            self._engines[engine_index].forget.remote(self._call_id)
+        self._release(list(self._pending))
+        self._pending.clear()
 
     def _poll(self, engine_index: int) -> ray.ObjectRef:
         return self._engines[engine_index].collect.remote(self._call_id, POLL_SECONDS)
@@ -146,11 +128,41 @@ class RolloutStream:
     def _num_pending(self, engine_index: int) -> int:
         return sum(group.engine_index == engine_index for group in self._pending.values())
 
-    def _give_up(self) -> None:
-        """Tells engines and coordinator to drop the unfinished groups. Waits for none: an engine may be dead."""
-        if not self._pending or not ray.is_initialized():
-            return
-        for engine_index in self._engines_at_work():
-            self._engines[engine_index].forget.remote(self._call_id)
-        self._release(list(self._pending))
-        self._pending.clear()
+
+class RolloutStream:
+    """Iterates over finished groups (lists of Rollout, by sample index), with `for` or `async for`.
+
+    Leaving it early (break, an error, a timeout) aborts the groups that are still running.
+    """
+
+    def __init__(self, submission: Submission) -> None:
+        # neither refers back to the stream, so that dropping it aborts at once and not at some garbage collection
+        self._submission = submission
+        self._arrivals = submission.arrivals()
+
+    def __iter__(self) -> Iterator[list[Rollout]]:
+        return self
+
+    def __next__(self) -> list[Rollout]:
+        return next(self._arrivals)[1]
+
+    def __aiter__(self) -> AsyncIterator[list[Rollout]]:
+        return self
+
+    async def __anext__(self) -> list[Rollout]:
+        arrival = await asyncio.to_thread(next, self._arrivals, _END)
+        if arrival is _END:
+            raise StopAsyncIteration
+        return arrival[1]
+
+    def in_prompt_order(self) -> list[list[Rollout]]:
+        """Waits for all groups."""
+        return [group for _, group in sorted(self._arrivals, key=lambda arrival: arrival[0])]
+
+    def close(self) -> None:
+        """Aborts what is still running."""
+        self._arrivals.close()
+        self._submission.give_up()
+
+    def __del__(self) -> None:
+        self._submission.give_up()

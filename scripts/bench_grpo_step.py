@@ -33,13 +33,15 @@ class Options:
     """Timed steps, after one that is not."""
     peer_python: str | None = None
     """The Python of an environment that has TRL, to time it as well."""
+    peer_batch_size: int = 8
+    """Samples that TRL takes through one training forward."""
     output: Path | None = None
     """Where to write all figures, as JSON."""
 
     @property
     def job(self) -> str:
         """What the contenders are told."""
-        names = ("num_prompts", "group_size", "max_tokens", "learning_rate")
+        names = ("num_prompts", "group_size", "max_tokens", "learning_rate", "peer_batch_size")
         return json.dumps({name: getattr(self, name) for name in names} | {"num_steps": self.repetitions + 1})
 
 

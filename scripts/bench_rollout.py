@@ -82,9 +82,7 @@ def run_turn(contenders: list[Contender], tokenizer: Any, options: Options, turn
     speeds = {}
     first = turn % len(contenders)
     for contender in contenders[first:] + contenders[:first]:
-        answer = contender.ask(
-            prompts=prompts, group_size=options.group_size, max_tokens=options.max_tokens, seed=turn
-        )
+        answer = contender.ask(prompts=prompts, group_size=options.group_size, max_tokens=options.max_tokens, seed=turn)
         if answer["num_tokens"] != num_tokens:
             raise RuntimeError(f"{contender.name} made {answer['num_tokens']} tokens where the job has {num_tokens}")
         speeds[contender.name] = num_tokens / answer["seconds"]

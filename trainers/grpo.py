@@ -77,8 +77,8 @@ class GRPOConfig:
     """Added to the standard deviation."""
     skip_zero_std_groups: bool = True
     """Leave groups whose rewards are all equal out of the training forward."""
-    check_all_groups: bool = False
-    """Compare log-probabilities on the groups that are left out, too, at the cost of a forward."""
+    check_all_groups: bool = True
+    """Compare log-probabilities on the groups that are left out, too: the mismatch is then that of every token."""
     shuffle_rewards: bool = False
     """Deal rewards out at random over the batch: a control that must not learn."""
 

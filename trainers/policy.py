@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from engine.attention import PackedAttention
 from engine.checkpoint import iter_weights, resolve_model, save_pretrained
 from engine.config import available_cores
 from engine.model import Transformer
-from engine.model_config import ModelConfig
+from engine.model_config import ModelConfig, read_config_dict
 from engine.tokenizer import encode, load_tokenizer
 from kernels.logprobs import token_logprobs
 from trainers.batch import PackedBatch, pack_tokens
@@ -104,7 +103,7 @@ class Policy:
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config.json, safetensors and the tokenizer, as Hugging Face lays them out."""
-        config = json.loads((self.directory / "config.json").read_text())
+        config = read_config_dict(self.directory)
         save_pretrained(Path(directory), config, self.named_weights(), self.tokenizer)
 
     @torch.no_grad()

@@ -53,31 +53,68 @@ typedef struct {
     int64_t first_row, num_rows, K, first_panel;
 } pack_job;
 
-#define LS_PACK_BLOCK 16 /* rows and columns of a block that is transposed while it is in the cache */
+#define LS_PACK_BLOCK 16  /* columns of all rows of a panel that are moved while their cache lines are warm */
+#define LS_PACK_AHEAD 64  /* floats of a row that are asked for before they are needed: 64 rows are too many streams for
+                             the processor to foresee */
 
-static void pack_tile(void *argument, int64_t tile) {
-    const pack_job *j = argument;
+/* to[j][i] = from[i][j] for 8 rows of 8. */
+static inline void transpose_8x8(const float *from, int64_t from_stride, float *to, int64_t to_stride) {
+#if defined(__AVX2__)
+    __m256 r[8], t[8];
+    for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(from + i * from_stride);
+    for (int i = 0; i < 8; i += 2) t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            r[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
+            r[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(to + i * to_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+        _mm256_storeu_ps(to + (i + 4) * to_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    }
+#else
+    for (int i = 0; i < 8; i++)
+        for (int j = 0; j < 8; j++) to[j * to_stride + i] = from[i * from_stride + j];
+#endif
+}
+
+/* to[j][i] = from[i][j] for `rows` rows of `columns`. */
+static void transpose(const float *from, int64_t from_stride, float *to, int64_t to_stride, int64_t rows, int64_t columns) {
+    int64_t whole_rows = rows & ~7, whole_columns = columns & ~7;
+    for (int64_t i = 0; i < whole_rows; i += 8)
+        for (int64_t j = 0; j < whole_columns; j += 8)
+            transpose_8x8(from + i * from_stride + j, from_stride, to + j * to_stride + i, to_stride);
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = i < whole_rows ? whole_columns : 0; j < columns; j++) to[j * to_stride + i] = from[i * from_stride + j];
+}
+
+typedef struct { /* the part of one panel that a range of rows covers */
+    float *panel, *rows;
+    int64_t num_rows;
+} pack_part;
+
+static pack_part find_part(const pack_job *j, int64_t tile) {
     int64_t p = j->first_panel + tile;
     int64_t begin = p * LS_PANEL > j->first_row ? p * LS_PANEL : j->first_row;
     int64_t end = smaller((p + 1) * LS_PANEL, j->first_row + j->num_rows);
-    float *panel = j->packed + p * j->K * LS_PANEL;
-    for (int64_t k0 = 0; k0 < j->K; k0 += LS_PACK_BLOCK)
-        for (int64_t n0 = begin; n0 < end; n0 += LS_PACK_BLOCK)
-            for (int64_t k = k0; k < smaller(k0 + LS_PACK_BLOCK, j->K); k++)
-                for (int64_t n = n0; n < smaller(n0 + LS_PACK_BLOCK, end); n++)
-                    panel[k * LS_PANEL + n % LS_PANEL] = j->rows[(n - j->first_row) * j->K + k];
+    float *panel = j->packed + p * j->K * LS_PANEL + begin % LS_PANEL;
+    return (pack_part){panel, j->rows + (begin - j->first_row) * j->K, end - begin};
+}
+
+static void pack_tile(void *argument, int64_t tile) {
+    const pack_job *j = argument;
+    pack_part part = find_part(j, tile);
+    for (int64_t k = 0; k < j->K; k += LS_PACK_BLOCK) {
+        for (int64_t n = 0; n < part.num_rows; n++) __builtin_prefetch(part.rows + n * j->K + k + LS_PACK_AHEAD);
+        transpose(part.rows + k, j->K, part.panel + k * LS_PANEL, LS_PANEL, part.num_rows, smaller(LS_PACK_BLOCK, j->K - k));
+    }
 }
 
 static void unpack_tile(void *argument, int64_t tile) {
     const pack_job *j = argument;
-    int64_t p = j->first_panel + tile;
-    int64_t begin = p * LS_PANEL > j->first_row ? p * LS_PANEL : j->first_row;
-    int64_t end = smaller((p + 1) * LS_PANEL, j->first_row + j->num_rows);
-    const float *panel = j->packed + p * j->K * LS_PANEL;
-    for (int64_t k0 = 0; k0 < j->K; k0 += LS_PACK_BLOCK)
-        for (int64_t n = begin; n < end; n++)
-            for (int64_t k = k0; k < smaller(k0 + LS_PACK_BLOCK, j->K); k++)
-                j->rows[(n - j->first_row) * j->K + k] = panel[k * LS_PANEL + n % LS_PANEL];
+    pack_part part = find_part(j, tile);
+    for (int64_t k = 0; k < j->K; k += LS_PACK_BLOCK)
+        transpose(part.panel + k * LS_PANEL, LS_PANEL, part.rows + k, j->K, smaller(LS_PACK_BLOCK, j->K - k), part.num_rows);
 }
 
 static void run_pack(ls_tile_fn fn, float *packed, float *rows, int64_t first_row, int64_t num_rows, int64_t K) {

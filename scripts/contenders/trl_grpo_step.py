@@ -15,8 +15,6 @@ from protocol import Connection
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-DEVICE_BATCH_SIZE = 8
-
 
 class StepTimer(TrainerCallback):
     """Waits for the word before each step and answers with its seconds."""
@@ -39,7 +37,7 @@ class StepTimer(TrainerCallback):
 def main(model_directory: str, job: dict[str, Any]) -> None:
     connection = Connection()
     num_samples = job["num_prompts"] * job["group_size"]
-    device_batch_size = min(DEVICE_BATCH_SIZE, num_samples)
+    device_batch_size = min(job["peer_batch_size"], num_samples)
     with tempfile.TemporaryDirectory() as output_dir:
         config = GRPOConfig(
             output_dir=output_dir,

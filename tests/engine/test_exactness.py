@@ -23,7 +23,13 @@ from kernels.logprobs import token_logprobs
 
 MODELS = ["tiny", pytest.param("smollm2", marks=pytest.mark.slow)]
 # Wide enough that sums over k span several blocks of 128, the last one ragged: else any order of summation would do.
-TINY = {"hidden_size": 288, "head_dim": 32, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 520}
+TINY = {
+    "hidden_size": 288,
+    "head_dim": 32,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 520,
+}
 NEEDLE = SamplingParams(max_tokens=20, seed=11, temperature=0.9, ignore_eos=True)
 PROMPT_LENGTH = 45
 
@@ -135,13 +141,17 @@ def test_preempted_requests_give_the_bits_of_undisturbed_ones(model_dir: Path, n
 
 
 def test_samples_of_a_group_do_not_depend_on_its_size(model_dir: Path) -> None:
-    groups = {n: run(make_engine(model_dir), {"g": (prompt_of(0), SamplingParams(n=n, max_tokens=12, seed=3))})["g"] for n in (1, 3, 8)}
+    groups = {}
+    for n in (1, 3, 8):
+        groups[n] = run(make_engine(model_dir), {"g": (prompt_of(0), SamplingParams(n=n, max_tokens=12, seed=3))})["g"]
     assert list(map(bits, groups[3])) == list(map(bits, groups[8]))[:3]
     assert bits(groups[1][0]) == bits(groups[8][0])
     assert len({tuple(completion.token_ids) for completion in groups[8]}) == 8
 
 
-def test_a_group_computes_its_prompt_once_and_copies_the_last_block_on_write(tiny_model_dir: Callable[..., Path]) -> None:
+def test_a_group_computes_its_prompt_once_and_copies_the_last_block_on_write(
+    tiny_model_dir: Callable[..., Path],
+) -> None:
     engine = make_engine(tiny_model_dir("llama", **TINY))
     run(engine, {"g": (prompt_of(0), SamplingParams(n=8, max_tokens=4, seed=3, ignore_eos=True))})
     assert engine.stats().num_scheduled_tokens == PROMPT_LENGTH + 8 * 3
@@ -243,7 +253,9 @@ def test_the_comparison_notices_torchs_own_linear(
     """The control: one operation swapped for torch's on the trainer's side, and the bits part."""
     model_dir = tiny_model_dir("llama", **TINY)
     prompt = prompt_of(9)
-    decoded = run(make_engine(model_dir), {"d": (prompt, SamplingParams(max_tokens=24, seed=1, ignore_eos=True))})["d"][0]
+    decoded = run(make_engine(model_dir), {"d": (prompt, SamplingParams(max_tokens=24, seed=1, ignore_eos=True))})["d"][
+        0
+    ]
     model = load_trainer_model(model_dir)
     monkeypatch.setattr(
         "engine.model.linear", lambda x, packed, n, bias, master: torch.nn.functional.linear(x, master, bias)

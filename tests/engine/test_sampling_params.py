@@ -96,7 +96,7 @@ def test_an_option_that_is_not_served_is_refused_and_never_ignored(name, value):
 
 
 def test_an_unknown_option_is_refused_with_the_nearest_name():
-    with pytest.raises(TypeError, match="'max_token'.*'max_tokens'"):
+    with pytest.raises(TypeError, match=r"'max_token'.*'max_tokens'"):
         SamplingParams(max_token=3)
 
 

@@ -48,8 +48,8 @@ def test_another_order_of_summation_shows_in_the_bits(monkeypatch, constant, oth
 @pytest.mark.parametrize("width", [576, 2048])
 def test_torch_linear_would_not_pass(width):
     x, weight = spread(33, width, seed=6), spread(70, width, seed=7)
-    expected = reference.linear(x, weight)
-    assert_rows_do_not_depend_on_their_number(lambda rows: linear(rows, pack(weight), 70), x, expected)
+    packed, expected = pack(weight), reference.linear(x, weight)
+    assert_rows_do_not_depend_on_their_number(lambda rows: linear(rows, packed, 70), x, expected)
     with pytest.raises(AssertionError, match="differ in bits"):
         assert_rows_do_not_depend_on_their_number(lambda rows: torch.nn.functional.linear(rows, weight), x, expected)
 
@@ -61,6 +61,18 @@ def test_threads_do_not_show(num_threads):
     packed, expected = pack(weight), reference.linear(x[:5], weight)
     for num_rows in (5, 6, 13, 61):
         assert_same_bits(linear(x[:num_rows], packed, 777)[:5], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 7])
+@pytest.mark.parametrize(("width", "num_outputs"), [(576, 960), (576, 3072), (1536, 576)])
+def test_every_number_of_rows_up_to_300_in_a_models_shapes(width, num_outputs, num_threads):
+    x, weight = spread(300, width, seed=30), spread(num_outputs, width, seed=31)
+    packed = pack(weight)
+    expected = linear(x, packed, num_outputs)
+    assert_same_bits(expected[::43], reference.linear(x[::43], weight))
+    set_num_threads(num_threads)
+    assert_rows_do_not_depend_on_their_number(lambda rows: linear(rows, packed, num_outputs), x, expected)
 
 
 def test_place_neighbours_and_strides_do_not_show():

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import math
+import re
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,6 +118,26 @@ def test_uniform_fills_the_unit_interval():
 )
 def test_number_of_segments(width, expected):
     assert reference.num_segments(width) == expected
+
+
+def test_the_page_states_every_coefficient_of_the_c_source():
+    """Documentation, reference and C cannot drift apart in a digit."""
+    root = Path(reference.__file__).parent
+    number = r"\d\.\d{4,}(?:e[-+]?\d+)?|\d+\.\d{3,}"
+    page = (root.parent / "docs" / "numerics.md").read_text().replace("\u2212", "-")
+    for source in ("csrc/exp_log.h", "reference.py"):
+        stated = {float(x) for x in re.findall(number, page)}
+        used = {float(x) for x in re.findall(number, (root / source).read_text())}
+        assert len(used) > 25
+        assert used <= stated | {12582912.0, 6755399441055744.0}, source
+
+
+def test_the_page_states_the_bits_of_the_constants_of_exp():
+    page = (Path(reference.__file__).parent.parent / "docs" / "numerics.md").read_text()
+    stated = {int(word, 16) for word in re.findall(r"`([0-9a-f]{8})` \|", page)}
+    constants = [reference.EXP_LOWEST, reference.EXP_HIGHEST, reference.LOG2_E, reference.ROUND_MAGIC]
+    constants += [reference.LN2_HIGH, -reference.LN2_LOW, *reference.EXP_POLYNOMIAL]
+    assert stated == {int(c.view(np.uint32)) for c in constants}
 
 
 def test_ops_agree_with_float64_torch():

@@ -101,7 +101,8 @@ def likely_data(tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.Te
 
 
 def most_common(completions: list[Completion]) -> str:
-    return Counter(completion.text for completion in completions if completion.text.strip()).most_common(1)[0][0]
+    texts = Counter(completion.text for completion in completions if completion.text.strip().isalnum())
+    return texts.most_common(1)[0][0] if texts else "none"
 
 
 def test_the_first_line_says_what_happens_before_anything_heavy_is_imported(tmp_path: Path):
@@ -191,7 +192,7 @@ def test_chat_asks_in_messages():
 def test_a_run_leaves_a_complete_directory_and_nothing_running(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], likely_data: str
 ):
-    run = start_run(tiny_model_dir(), likely_data, tmp_path / "run", "--num-steps", "2", "--check-all-groups")
+    run = start_run(tiny_model_dir(), likely_data, tmp_path / "run", "--num-steps", "2")
     printed = run.wait()
     assert run.process.returncode == 0, printed
     assert run.processes_after(10) == []
@@ -228,12 +229,15 @@ def test_a_run_leaves_a_complete_directory_and_nothing_running(
     assert f"expected reward {before:.3f} -> {after:.3f}" in printed
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_a_run_cleanly(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], likely_data: str, signum: int, code: int
 ):
     run = start_run(tiny_model_dir(), likely_data, tmp_path / "run", "--num-steps", "100000")
     run.wait_for("step      2/")
+    assert run.processes()
     run.process.send_signal(signum)
     printed = run.wait()
     assert run.process.returncode == code, printed

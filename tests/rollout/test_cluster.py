@@ -46,30 +46,34 @@ print(json.dumps({
 """
 
 
-def run_elsewhere(script: str, model_dir: Path, directory: Path, **environment: str) -> dict:
-    """Runs a script whose working directory is not that of the source."""
+def start_elsewhere(script: str, model_dir: Path, directory: Path, **environment: str) -> subprocess.Popen:
+    """Starts a script whose working directory is not that of the source."""
     inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    finished = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(SOURCE_ROOT)!r})\n{script}", str(model_dir)],
         cwd=directory,
         env=inherited | environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
-        check=False,
     )
-    assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def result_of(process: subprocess.Popen) -> dict:
+    """What the script printed last, as JSON."""
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    return json.loads(output.splitlines()[-1])
 
 
 def test_a_ray_of_ones_own_is_gone_after_shutdown_and_a_joined_one_is_not(local_ray, model_dir, tmp_path):
-    own = run_elsewhere(OWN_RAY, model_dir, tmp_path)
+    address = ray.get_runtime_context().gcs_address
+    own_process = start_elsewhere(OWN_RAY, model_dir, tmp_path)
+    joined_process = start_elsewhere(JOINED_RAY, model_dir, tmp_path, RAY_ADDRESS=address)
+    own, joined = result_of(own_process), result_of(joined_process)
     assert own["num_processes"] > 3
     assert own["alive"] == []
     assert own["num_threads"] == [1]
-
-    address = ray.get_runtime_context().gcs_address
-    joined = run_elsewhere(JOINED_RAY, model_dir, tmp_path, RAY_ADDRESS=address)
     assert joined["node_id"] == ray.get_runtime_context().get_node_id()
     assert joined["is_connected"]
     assert joined["token_ids"] == own["token_ids"]

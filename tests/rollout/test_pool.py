@@ -115,10 +115,14 @@ def test_async_for_works_too(pool):
 
 
 def test_leaving_a_stream_aborts_the_rest(pool):
+    before = sum(stats.num_generated_tokens for stats in pool.stats())
     for group in pool.stream([[5]] * 8, [SamplingParams(max_tokens=2), *[LONG] * 7]):
         assert group[0].sampling_params.max_tokens == 2
         break
+    pool.stream([[5]] * 2, LONG)  # dropped before it is even begun
     wait_until_idle(pool)
+    generated = sum(stats.num_generated_tokens for stats in pool.stats()) - before
+    assert 1 < generated < 9 * LONG.n * LONG.max_tokens / 4
 
 
 def test_a_timeout_says_what_it_waited_for_and_aborts_it(pool):
@@ -196,7 +200,7 @@ def test_a_handle_generates_and_syncs_from_another_actor(single, rollouts, confi
     single.check_integrity()
 
 
-def test_a_killed_engine_is_named_and_nobody_hangs(local_ray, config):
+def test_a_dead_engine_or_pool_is_named_and_nobody_hangs(local_ray, config):
     with RolloutPool(config, num_engines=2) as pool:
         stream = pool.stream([[5]] * 16, LONG)
         os.kill(pool.engine_infos[1].pid, signal.SIGKILL)
@@ -211,6 +215,11 @@ def test_a_killed_engine_is_named_and_nobody_hangs(local_ray, config):
             pool.sync_weights(pool_weights(config), 1)
         assert pool.policy_version == 0
         assert len(pool.generate([[5]], PARAMS)[0]) == 3  # engine 0 goes on
+        handle = pool.handle()
+    pool.shutdown()  # once more does nothing
+    assert ray.is_initialized()
+    with pytest.raises(EngineError, match="the pool's coordinator died"):
+        handle.generate([[5]], PARAMS)
 
 
 def test_a_step_that_fails_is_raised_with_its_cause_and_the_engine(local_ray, config):
@@ -221,10 +230,10 @@ def test_a_step_that_fails_is_raised_with_its_cause_and_the_engine(local_ray, co
             return super().step()
 
     with RolloutPool(config, engine_factory=Failing) as pool:
-        with pytest.raises(EngineError, match="engine 0 failed: .*ZeroDivisionError: the step went wrong") as caught:
+        with pytest.raises(EngineError, match=r"engine 0 failed: .*ZeroDivisionError: the step went wrong") as caught:
             pool.generate([[5]], PARAMS)
         assert "in step" in str(caught.value.__cause__)
-        with pytest.raises(EngineError, match="engine 0 failed: .*the step went wrong"):
+        with pytest.raises(EngineError, match=r"engine 0 failed: .*the step went wrong"):
             pool.stats()
 
 
@@ -254,13 +263,24 @@ def test_a_directory_without_a_model_is_refused(tmp_path):
         RolloutPool(EngineConfig(str(tmp_path)))
 
 
-def test_a_shut_down_pool_ends_its_handles(local_ray, config):
-    with RolloutPool(config) as pool:
-        handle = pool.handle()
-    pool.shutdown()
-    assert ray.is_initialized()
-    with pytest.raises(EngineError, match="the pool's coordinator died"):
-        handle.generate([[5]], PARAMS)
+@pytest.mark.slow
+def test_a_real_models_rollouts_do_not_depend_on_the_number_of_engines(local_ray, smollm2_dir):
+    config, params = EngineConfig(str(smollm2_dir)), SamplingParams(n=4, max_tokens=12)
+    prompts = [f"12 + 25 = 37\n7 + 18 = 25\n{i} + 6 =" for i in range(6)]
+    drawn = []
+    for num_engines in (1, 2):
+        with RolloutPool(config, num_engines=num_engines, seed=SEED) as pool:
+            drawn.append(pool.generate(prompts, params))
+            pool.check_integrity()
+    engine = LLMEngine(config)
+    local = [
+        engine.generate(prompt, SamplingParams(n=4, max_tokens=12, seed=group_seed(SEED, f"g{i}")))[0]
+        for i, prompt in enumerate(prompts)
+    ]
+    assert drawn[0] == drawn[1]
+    assert [[(r.token_ids, r.logprobs) for r in group] for group in drawn[0]] == [
+        [(c.token_ids, c.logprobs) for c in group] for group in local
+    ]
 
 
 def pool_weights(config: EngineConfig) -> dict:

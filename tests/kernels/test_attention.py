@@ -1,0 +1,327 @@
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from kernel_checks import assert_close, assert_same_bits, num_different, spread
+
+from kernels import reference
+from kernels.attention import (
+    PackedPlan,
+    check_attention_shape,
+    copy_blocks,
+    kv_store,
+    packed_attention,
+    paged_attention,
+)
+from kernels.library import set_num_threads
+
+SCALE = 0.25
+LENGTH = 620  # three chunks of keys: 256, 256, 108
+WINDOWS = (0, 5, 100, 300)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sequence:
+    q: torch.Tensor  # [J, N, H]
+    k: torch.Tensor  # [J, K, H]
+    v: torch.Tensor  # [J, K, H]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cache:
+    keys: torch.Tensor  # [P, K, H, S]
+    values: torch.Tensor  # [P, K, S, H]
+    tables: list[list[int]]  # blocks of each sequence
+
+
+def make_sequence(length: int, num_heads: int, num_kv_heads: int, head_dim: int, *, seed: int) -> Sequence:
+    """Scores of a few units either way, so that neither one key nor all keys alike make up the result."""
+    q = spread(length, num_heads, head_dim, seed=seed, low=-2, high=2)
+    k = spread(length, num_kv_heads, head_dim, seed=seed + 1, low=-2, high=2)
+    return Sequence(q=q, k=k, v=spread(length, num_kv_heads, head_dim, seed=seed + 2))
+
+
+def store(sequences: list[Sequence], block_size: int = 16, *, seed: int = 0) -> Cache:
+    """Blocks in random order; every slot that no sequence fills is NaN, and so are some whole blocks."""
+    _, num_kv_heads, head_dim = sequences[0].k.shape
+    counts = [-(-s.k.shape[0] // block_size) for s in sequences]
+    order = torch.randperm(sum(counts) + 3, generator=torch.Generator().manual_seed(seed)).tolist()
+    keys = torch.full((len(order), num_kv_heads, head_dim, block_size), float("nan"))
+    values = torch.full((len(order), num_kv_heads, block_size, head_dim), float("nan"))
+    tables = []
+    for sequence, count in zip(sequences, counts):
+        tables.append([order.pop() for _ in range(count)])
+        positions = torch.arange(sequence.k.shape[0])
+        slots = torch.tensor(tables[-1])[positions // block_size] * block_size + positions % block_size
+        kv_store(sequence.k, sequence.v, keys, values, slots)
+    return Cache(keys=keys, values=values, tables=tables)
+
+
+def attend(cache: Cache, rows: list[tuple[int, torch.Tensor, int]], window: int = 0) -> list[torch.Tensor]:
+    """Attention in one call for entries (sequence, query rows, number of positions so far)."""
+    width = max(len(table) for table in cache.tables)
+    tables = [cache.tables[s] + [10**6] * (width - len(cache.tables[s])) for s, _, _ in rows]
+    lengths = [q.shape[0] for _, q, _ in rows]
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    q = torch.cat([q for _, q, _ in rows])
+    seq_lens = torch.tensor([seen for _, _, seen in rows], dtype=torch.int32)
+    block_tables = torch.tensor(tables, dtype=torch.int32)
+    out = paged_attention(q, cache.keys, cache.values, block_tables, starts, seq_lens, SCALE, window)
+    return list(out.split(lengths))
+
+
+@functools.cache
+def long_sequence() -> Sequence:
+    return make_sequence(LENGTH, 3, 1, 16, seed=100)
+
+
+@functools.cache
+def long_expected(window: int) -> torch.Tensor:
+    s = long_sequence()
+    return reference.attention(s.q, s.k, s.v, SCALE, window)
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim"),
+    [(2, 2, 16), (9, 3, 64), (7, 1, 80), (4, 2, 96), (3, 1, 128), (1, 1, 256), (14, 2, 32)],
+)
+def test_prefill_equals_the_reference(num_heads, num_kv_heads, head_dim):
+    s = make_sequence(45, num_heads, num_kv_heads, head_dim, seed=1)
+    (out,) = attend(store([s]), [(0, s.q, 45)])
+    assert_same_bits(out, reference.attention(s.q, s.k, s.v, SCALE))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_long_contexts_equal_the_reference(window):
+    s = long_sequence()
+    (out,) = attend(store([s]), [(0, s.q, LENGTH)], window)
+    assert_same_bits(out, long_expected(window))
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "window"), [(1, 1, 100), (7, 1, 257), (6, 2, 3)])
+def test_windows_of_every_group_size_equal_the_reference(num_heads, num_kv_heads, window):
+    s = make_sequence(290, num_heads, num_kv_heads, 16, seed=4)
+    (out,) = attend(store([s]), [(0, s.q, 290)], window)
+    assert_same_bits(out, reference.attention(s.q, s.k, s.v, SCALE, window))
+
+
+def test_decode_equals_prefill():
+    s = long_sequence()
+    for window in WINDOWS:
+        rows = [(0, s.q[i : i + 1], i + 1) for i in range(LENGTH)]
+        assert_same_bits(torch.cat(attend(store([s]), rows, window)), long_expected(window))
+    alone = [attend(store([s]), [(0, s.q[i : i + 1], i + 1)])[0] for i in (0, 1, 15, 16, 255, 256, 511, 512, 619)]
+    assert_same_bits(torch.cat(alone), long_expected(0)[[0, 1, 15, 16, 255, 256, 511, 512, 619]])
+
+
+@pytest.mark.parametrize("window", [0, 100])
+def test_a_prompt_cut_anywhere_gives_the_same_bits(window):
+    s, cache = long_sequence(), store([long_sequence()])
+    for cut in range(1, LENGTH):
+        (head,) = attend(cache, [(0, s.q[:cut], cut)], window)
+        (tail,) = attend(cache, [(0, s.q[cut:], LENGTH)], window)
+        assert_same_bits(torch.cat([head, tail]), long_expected(window))
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 48])
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 4])
+def test_mixed_batches_blocks_and_threads_do_not_show(block_size, num_threads):
+    """Random chunks of several sequences in one step, in blocks that lie anywhere."""
+    set_num_threads(num_threads)
+    sequences = [long_sequence(), *(make_sequence(n, 3, 1, 16, seed=n) for n in (1, 31, 63, 200))]
+    expected = [long_expected(0)] + [reference.attention(s.q, s.k, s.v, SCALE) for s in sequences[1:]]
+    cache = store(sequences, block_size, seed=block_size)
+    generator = torch.Generator().manual_seed(block_size + num_threads)
+    for _ in range(6):
+        rows, wanted = [], []
+        for i in torch.randperm(len(sequences), generator=generator).tolist():
+            first, end = sorted(torch.randint(0, sequences[i].q.shape[0] + 1, (2,), generator=generator).tolist())
+            rows.append((i, sequences[i].q[first:end], end))
+            wanted.append(expected[i][first:end])
+        assert_same_bits(torch.cat(attend(cache, rows)), torch.cat(wanted))
+
+
+def test_another_order_of_summation_shows_in_the_bits(monkeypatch):
+    s = long_sequence()
+    tail = s.q[-40:]
+    (out,) = attend(store([s]), [(0, tail, LENGTH)])
+    monkeypatch.setattr(reference, "KEY_CHUNK", 128)
+    assert num_different(out, reference.attention(tail, s.k, s.v, SCALE)) > out.numel() // 4
+
+
+def test_torch_attention_would_not_pass():
+    s = long_sequence()
+    k, v = (t.expand(-1, 3, -1).transpose(0, 1) for t in (s.k, s.v))
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    prefill = sdpa(s.q.transpose(0, 1), k, v, is_causal=True, scale=SCALE)
+    decode = [sdpa(s.q[i : i + 1].transpose(0, 1), k[:, : i + 1], v[:, : i + 1], scale=SCALE) for i in range(LENGTH)]
+    assert num_different(prefill, torch.cat(decode, 1)) > 0
+    assert num_different(prefill.transpose(0, 1), long_expected(0)) > 0
+
+
+def test_strides_do_not_show():
+    """Queries, keys and values as they come out of one fused projection, and in layouts that need a copy."""
+    s = make_sequence(45, 4, 2, 16, seed=7)
+    expected = reference.attention(s.q, s.k, s.v, SCALE)
+    fused = torch.cat([t.flatten(1) for t in (s.q, s.k, s.v)], 1)
+    q, k, v = (t.unflatten(1, (-1, 16)) for t in fused.split([64, 32, 32], 1))
+    odd = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (q, k, v)]
+    plan = PackedPlan([(0, 45, -1)])
+    for queries, keys, values in ((q, k, v), odd):
+        assert_same_bits(packed_attention(queries, keys, values, plan, SCALE), expected)
+        (out,) = attend(store([Sequence(q=queries, k=keys, v=values)]), [(0, queries, 45)])
+        assert_same_bits(out, expected)
+
+
+# Packed batches
+
+# two groups of a shared prompt and samples, a lone sequence, a prompt whose only sample is empty
+SEGMENTS = [
+    (0, 37, -1),
+    (37, 50, 0),
+    (50, 51, 0),
+    (51, 90, 0),
+    (90, 122, -1),
+    (122, 130, 4),
+    (130, 150, -1),
+    (150, 160, -1),
+    (160, 160, 7),
+]
+
+
+def packed_rows(num_heads: int = 4, num_kv_heads: int = 2, head_dim: int = 16, *, seed: int = 40) -> Sequence:
+    return make_sequence(160, num_heads, num_kv_heads, head_dim, seed=seed)
+
+
+@pytest.mark.parametrize("window", [0, 9])
+@pytest.mark.parametrize("block_size", [16, 48])
+def test_shared_prompts_equal_separate_sequences(block_size, window):
+    s = packed_rows()
+    out = packed_attention(s.q, s.k, s.v, PackedPlan(SEGMENTS, block_size), SCALE, window)
+    for first, end, parent in SEGMENTS:
+        prompt = range(*SEGMENTS[parent][:2]) if parent >= 0 else range(0)
+        rows = [*prompt, *range(first, end)]
+        alone = packed_attention(s.q[rows], s.k[rows], s.v[rows], PackedPlan([(0, len(rows), -1)]), SCALE, window)
+        assert_same_bits(out[first:end], alone[len(prompt) :])
+    assert_same_bits(out, reference.packed_attention(s.q, s.k, s.v, PackedPlan(SEGMENTS), SCALE, window))
+
+
+def test_packed_equals_paged_over_long_contexts():
+    """Trainer and engine: a prompt of 300 with samples of 320, packed, against the engine's sequences."""
+    s = long_sequence()
+    other = make_sequence(320, 3, 1, 16, seed=77)
+    q, k, v = (torch.cat([getattr(s, name), getattr(other, name)]) for name in "qkv")
+    out = packed_attention(q, k, v, PackedPlan([(0, 300, -1), (300, 620, 0), (620, 940, 0)]), SCALE)
+    assert_same_bits(out[:620], long_expected(0))
+    second = Sequence(
+        q=torch.cat([s.q[:300], other.q]), k=torch.cat([s.k[:300], other.k]), v=torch.cat([s.v[:300], other.v])
+    )
+    rows = [(0, second.q[i : i + 1], i + 1) for i in range(300, 620)]
+    assert_same_bits(out[620:], torch.cat(attend(store([second]), rows)))
+
+
+def _exact_attention(q, k, v, window):
+    """Float64 softmax attention over SEGMENTS, by torch."""
+    group, outputs = q.shape[1] // k.shape[1], []
+    for first, end, parent in SEGMENTS:
+        prompt = range(*SEGMENTS[parent][:2]) if parent >= 0 else range(0)
+        rows = torch.tensor([*prompt, *range(first, end)], dtype=torch.int64)
+        keys, values = k[rows].repeat_interleave(group, 1), v[rows].repeat_interleave(group, 1)
+        scores = torch.einsum("rnh,jnh->nrj", q[first:end], keys) * SCALE
+        position, key = torch.arange(len(prompt), len(rows))[:, None], torch.arange(len(rows))
+        is_hidden = (key > position) | (key <= position - window if window else torch.zeros(()).bool())
+        outputs.append(torch.einsum("nrj,jnh->rnh", scores.masked_fill(is_hidden, -torch.inf).softmax(2), values))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "window"), [(4, 2, 16, 0), (3, 1, 80, 0), (2, 2, 32, 9)]
+)
+def test_gradients_are_those_of_softmax_attention(num_heads, num_kv_heads, head_dim, window):
+    s = packed_rows(num_heads, num_kv_heads, head_dim)
+    grad = spread(160, num_heads, head_dim, seed=50)
+    exact_inputs = [t.double().requires_grad_() for t in (s.q, s.k, s.v)]
+    _exact_attention(*exact_inputs, window).backward(grad.double())
+    runs = []
+    for num_threads in (1, 2, 4):
+        set_num_threads(num_threads)
+        inputs = [t.clone().requires_grad_() for t in (s.q, s.k, s.v)]
+        out = packed_attention(*inputs, PackedPlan(SEGMENTS), SCALE, window)
+        assert_same_bits(out.detach(), packed_attention(s.q, s.k, s.v, PackedPlan(SEGMENTS), SCALE, window))
+        out.backward(grad)
+        runs.append([t.grad for t in inputs])
+    for once, twice, again, exact in zip(*runs, exact_inputs):
+        assert_close(once, exact.grad, 1e-5)
+        assert_same_bits(once, twice)
+        assert_same_bits(once, again)
+
+
+def test_gradients_of_odd_layouts_are_the_same():
+    s = packed_rows()
+    grads = []
+    for change in (lambda t: t, lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)):
+        inputs = [t.clone().requires_grad_() for t in (s.q, s.k, s.v)]
+        packed_attention(*map(change, inputs), PackedPlan(SEGMENTS), SCALE).backward(spread(160, 4, 16, seed=51))
+        grads.append([t.grad for t in inputs])
+    for one, other in zip(*grads):
+        assert_same_bits(one, other)
+
+
+def test_gradients_do_not_depend_on_other_groups():
+    s, grad = packed_rows(), spread(160, 4, 16, seed=52)
+    whole = [t.clone().requires_grad_() for t in (s.q, s.k, s.v)]
+    packed_attention(*whole, PackedPlan(SEGMENTS), SCALE).backward(grad)
+    group = [t[:90].clone().requires_grad_() for t in (s.q, s.k, s.v)]
+    packed_attention(*group, PackedPlan(SEGMENTS[:4]), SCALE).backward(grad[:90])
+    for one, other in zip(whole, group):
+        assert_same_bits(one.grad[:90], other.grad)
+
+
+# Storage
+
+
+def test_store_writes_its_slots_only():
+    keys, values = torch.full((5, 2, 16, 32), -7.0), torch.full((5, 2, 32, 16), -7.0)
+    k, v = spread(9, 2, 16, seed=60), spread(9, 2, 16, seed=61)
+    rows, slots = torch.tensor([8, 0, 3]), torch.tensor([4 * 32 + 31, 5, 32])
+    kv_store(k, v, keys, values, slots, rows)
+    for row, slot in zip(rows.tolist(), slots.tolist()):
+        assert_same_bits(keys[slot // 32, :, :, slot % 32], k[row])
+        assert_same_bits(values[slot // 32, :, slot % 32], v[row])
+        keys[slot // 32, :, :, slot % 32] = values[slot // 32, :, slot % 32] = -7.0
+    assert (keys == -7.0).all()
+    assert (values == -7.0).all()
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_blocks_are_copied_pair_by_pair_in_every_plane(num_threads):
+    set_num_threads(num_threads)
+    storage = spread(6, 8, 2, 16, seed=62)
+    expected = storage.clone()
+    pairs = [(0, 5), (5, 6), (3, 0)]  # a later pair sees what an earlier one wrote
+    for source, destination in pairs:
+        expected[:, destination] = expected[:, source]
+    copy_blocks(storage, pairs)
+    assert_same_bits(storage, expected)
+    copy_blocks(storage, [])
+    assert_same_bits(storage, expected)
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="head_dim=24"):
+        check_attention_shape(24, 16)
+    with pytest.raises(ValueError, match="head_dim=272"):
+        check_attention_shape(272, 16)
+    with pytest.raises(ValueError, match="block_size=24"):
+        check_attention_shape(64, 24)
+    check_attention_shape(256, 48)
+    with pytest.raises(ValueError, match="must begin at row 5"):
+        PackedPlan([(0, 5, -1), (6, 7, -1)])
+    with pytest.raises(ValueError, match="segment 3 has parent 0"):
+        PackedPlan([(0, 5, -1), (5, 6, 0), (6, 7, -1), (7, 8, 0)])
+    s = packed_rows()
+    with pytest.raises(ValueError, match="float64"):
+        packed_attention(s.q.double(), s.k.double(), s.v.double(), PackedPlan(SEGMENTS), SCALE)

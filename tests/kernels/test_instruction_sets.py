@@ -1,0 +1,85 @@
+"""One source, several builds: AVX-512, AVX2 and plain C give the same bits. Run as a script, it prints its digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.build import available_instruction_sets
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+
+from kernel_checks import pack, spread
+
+from kernels.activation import silu_and_mul
+from kernels.attention import PackedPlan, packed_attention
+from kernels.checksum import tensor_digest
+from kernels.fingerprint import fingerprint
+from kernels.library import instruction_set, set_num_threads
+from kernels.linear import linear
+from kernels.logprobs import sample, token_logprobs
+from kernels.rms_norm import rms_norm
+
+
+def _linear():
+    for width in (1, 72, 576, 1024):
+        yield linear(spread(19, width, seed=1), pack(spread(130, width, seed=2)), 130)
+
+
+def _rows():
+    yield rms_norm(spread(9, 77, seed=3), spread(77, seed=4), 1e-5)
+    yield silu_and_mul(torch.cat([torch.linspace(-120, 120, 4001), spread(4001, seed=5)])[None])
+    x = spread(5, 154, seed=6).requires_grad_()
+    silu_and_mul(x).backward(spread(5, 77, seed=7))
+    yield x.grad
+
+
+def _attention():
+    for heads, kv_heads, width, window in ((4, 2, 16, 0), (3, 1, 80, 0), (2, 2, 128, 33)):
+        shape = (300, heads, width), (300, kv_heads, width), (300, kv_heads, width)
+        inputs = [spread(*s, seed=8 + i, low=-3, high=1).requires_grad_() for i, s in enumerate(shape)]
+        plan = PackedPlan([(0, 200, -1), (200, 270, 0), (270, 280, 0), (280, 300, -1)])
+        out = packed_attention(*inputs, plan, width**-0.5, window)
+        out.backward(spread(*shape[0], seed=12))
+        yield from (out.detach(), *(t.grad for t in inputs))
+
+
+def _logprobs():
+    hidden, weight = spread(20, 72, seed=13, low=-2, high=2), spread(337, 72, seed=14, low=-6, high=-1)
+    temperature, number = torch.linspace(0.3, 3.0, 20), torch.arange(2000)
+    greedy = (number % 7 == 0).to(torch.uint8)
+    yield from sample(hidden, pack(weight), 337, temperature, number % 20, number << 30, number, number % 8, greedy)
+    yield token_logprobs(hidden, pack(weight), 337, number[:20], temperature)
+
+
+def _digests() -> dict[str, str]:
+    set_num_threads(2)
+    digests = {"instruction_set": instruction_set(), "fingerprint": fingerprint("float32")}
+    for make in (_linear, _rows, _attention, _logprobs):
+        joined = b"".join(t.contiguous().numpy().tobytes() for t in make())
+        digests[make.__name__] = hashlib.blake2b(joined, digest_size=16).hexdigest()
+    digests["weights"] = tensor_digest(spread(1000, seed=15)).hex()
+    return digests
+
+
+@pytest.mark.parametrize("name", available_instruction_sets())
+def test_every_build_gives_the_same_bits(name):
+    environment = {**os.environ, "LOCKSTEP_ISA": name, "PYTHONPATH": str(Path(__file__).parents[2])}
+    result = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=True)
+    digests = json.loads(result.stdout)
+    assert digests.pop("instruction_set") == name
+    here = _digests()
+    here.pop("instruction_set")
+    assert digests == here
+
+
+if __name__ == "__main__":
+    print(json.dumps(_digests()))

@@ -1,0 +1,52 @@
+"""The benchmarks run and write what they measured; what is fast is not judged here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from scripts import bench_grpo_step, bench_rollout, timing
+
+
+def test_rollout_benchmark_times_every_contender_on_the_same_job(tiny_model_dir: Callable[..., Path], tmp_path: Path):
+    options = bench_rollout.Options(
+        model=str(tiny_model_dir("llama")),
+        num_prompts=2,
+        group_size=2,
+        max_tokens=4,
+        repetitions=2,
+        busy_repetitions=0,
+        peer_dtypes=("float32",),
+        output=tmp_path / "rollout.json",
+    )
+    bench_rollout.main(options)
+    speeds = json.loads(options.output.read_text())["tokens_per_second"]
+    assert list(speeds) == [bench_rollout.OURS, "transformers float32"]
+    assert all(len(contender["values"]) == 2 and min(contender["values"]) > 0 for contender in speeds.values())
+
+
+@pytest.mark.slow
+def test_step_benchmark_reports_a_step_in_lockstep(tiny_model_dir: Callable[..., Path], tmp_path: Path):
+    options = bench_grpo_step.Options(
+        model=str(tiny_model_dir("llama")), num_prompts=2, group_size=2, repetitions=1, output=tmp_path / "step.json"
+    )
+    bench_grpo_step.main(options)
+    result = json.loads(options.output.read_text())
+    assert result["seconds"][bench_grpo_step.OURS]["median"] > 0
+    assert result["steps"][0][bench_grpo_step.OURS]["mismatch/logprob_abs_diff_max"] == 0.0
+
+
+def test_ratios_compare_neighbours_in_time():
+    assert timing.ratios([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
+
+
+def test_a_contender_that_dies_is_named_with_the_end_of_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "broken.py").write_text("raise SystemExit('out of luck')")
+    monkeypatch.setattr(timing, "CONTENDERS", tmp_path)
+    contender = timing.Contender("the broken one", "broken.py")
+    with pytest.raises(RuntimeError, match=r"the broken one ended with exit code 1:\nout of luck"):
+        contender.wait_until_ready()
+    contender.close()
