@@ -1,7 +1,7 @@
 """Attention metadata: what the model is told about the rows of a step (paged) or a training batch (packed).
 
-The model calls `attention(layer, q, k, v)` and does not know which of the two it has. Both end in the same kernel, which
-visits keys at fixed absolute positions, so a row's result is the same bits in either.
+The model calls `attention(layer, q, k, v)` and does not know which of the two it has. Both end in the same kernel,
+which visits keys at fixed absolute positions, so a row's result is the same bits in either.
 """
 
 from __future__ import annotations

@@ -126,12 +126,17 @@ class LLMEngine:
         return self.scheduler.abort(set(request_ids))
 
     def update_weights(
-        self, named_tensors: NamedTensors, policy_version: int, mode: Literal["recompute", "keep"] = "recompute"
+        self,
+        named_tensors: NamedTensors,
+        policy_version: int,
+        mode: Literal["recompute", "keep"] = "recompute",
+        digests: Mapping[str, bytes] | None = None,
     ) -> bytes:
         """Replaces all weights in place, between two steps, and returns their checksum.
 
         `recompute`: running requests keep their tokens, drop their KV and go on under the new weights; exact.
         `keep`: they go on, on KV of the old weights; fast, and their completions say is_exact=False.
+        `digests` of tensors that were verified beforehand spare reading them twice (see `Transformer.load_weights`).
 
         Raises:
             ValueError: for an unknown mode or version, or weights that `Transformer.load_weights` refuses; the engine
@@ -141,7 +146,7 @@ class LLMEngine:
             raise ValueError(f"mode={mode!r} must be 'recompute' or 'keep'")
         if not isinstance(policy_version, int) or not 0 <= policy_version <= MAX_POLICY_VERSION:
             raise ValueError(f"policy_version={policy_version!r} must be an integer from 0 to {MAX_POLICY_VERSION}")
-        self.weights_checksum = self.model_runner.load_weights(named_tensors, policy_version)
+        self.weights_checksum = self.model_runner.load_weights(named_tensors, policy_version, digests)
         self.scheduler.set_weights(self.weights_checksum, mode)
         return self.weights_checksum
 

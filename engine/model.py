@@ -210,18 +210,20 @@ class Transformer(nn.Module):
         for name, slot in self._slots.items():
             yield name, slot.read().detach()
 
-    def load_weights(self, named_tensors: NamedTensors) -> bytes:
+    def load_weights(self, named_tensors: NamedTensors, digests: Mapping[str, bytes] | None = None) -> bytes:
         """Replaces every weight in place and returns the 16-byte checksum of the new ones.
 
         named_tensors: a mapping or one-shot iterator of (Hugging Face name, floating-point tensor), complete. A tied
         model takes `lm_head.weight` too, if it equals the embedding.
+        digests: by name, from `kernels.checksum`, of float32 tensors that the caller has verified and found finite;
+        those are not read a second time.
 
         Raises:
             ValueError: for a name that is missing, unknown or given twice, a wrong shape, NaN or infinity. Nothing is
                 written then.
         """
         staged = self._stage(named_tensors)
-        checksum = self._verify(staged)
+        checksum = self._verify(staged, digests or {})
         for name, tensor in staged.items():
             if name in self._slots:
                 self._slots[name].write(_as_float32(tensor))
@@ -248,15 +250,15 @@ class Transformer(nn.Module):
                 _name_some(kind, names) for kind, names in (("missing", missing), ("unknown", unknown)) if names
             ]
             raise ValueError(
-                f"weights do not fit this {self.config.architecture}: {'; '.join(problems)}. All {len(self._slots)} are "
-                "needed, under their Hugging Face names"
+                f"weights do not fit this {self.config.architecture}: {'; '.join(problems)}. All {len(self._slots)} "
+                "are needed, under their Hugging Face names"
             )
         return staged
 
     def _is_tied_head(self, name: str) -> bool:
         return name == LM_HEAD and self.config.tie_word_embeddings
 
-    def _verify(self, staged: Mapping[str, torch.Tensor]) -> bytes:
+    def _verify(self, staged: Mapping[str, torch.Tensor], known: Mapping[str, bytes]) -> bytes:
         digests = {}
         for name, tensor in staged.items():
             shape = self._slots[EMBEDDING if self._is_tied_head(name) else name].shape
@@ -264,7 +266,8 @@ class Transformer(nn.Module):
                 raise ValueError(
                     f"weight {name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}; needed: floats of shape {shape}"
                 )
-            digests[name], has_nonfinite = digest_and_scan(_as_float32(tensor))
+            is_known = name in known and tensor.dtype is torch.float32
+            digests[name], has_nonfinite = (known[name], False) if is_known else digest_and_scan(_as_float32(tensor))
             if has_nonfinite:
                 raise ValueError(f"weight {name!r} holds NaN or infinite values: no weight was changed")
         head = digests.pop(LM_HEAD) if self.config.tie_word_embeddings and LM_HEAD in digests else None

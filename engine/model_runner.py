@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from engine.attention import PagedAttention
@@ -29,9 +31,11 @@ class ModelRunner:
         self.key_blocks = self.kv_storage[0].view(shape)
         self.value_blocks = self.kv_storage[1].view(*shape[:3], block_size, config.head_dim)
 
-    def load_weights(self, named_tensors: NamedTensors, policy_version: int) -> bytes:
+    def load_weights(
+        self, named_tensors: NamedTensors, policy_version: int, digests: Mapping[str, bytes] | None = None
+    ) -> bytes:
         """Replaces the weights in place, all or none; their checksum. See `Transformer.load_weights` for the errors."""
-        checksum = self.model.load_weights(named_tensors)
+        checksum = self.model.load_weights(named_tensors, digests)
         self.policy_version = policy_version
         return checksum
 

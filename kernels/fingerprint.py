@@ -22,7 +22,7 @@ from kernels.rotary import MAX_POSITIONS, rotary, rotary_table
 
 CONTRACT_VERSION = 1  # of docs/numerics.md; a change that moves a bit raises it
 KV_DTYPES = {"float32": "float32"}  # profile -> in what keys and values are kept
-SELF_TEST_DIGESTS = {"float32": "05a02b3b056069f8a9b9ac539603894c"}
+SELF_TEST_DIGESTS = {"float32": "74307171a630a603b825ab98579d1018"}
 
 
 @functools.cache
@@ -78,7 +78,7 @@ def _outputs() -> Iterator[torch.Tensor]:
     for width, num_outputs in ((72, 70), (576, 65), (2048, 16)):
         x, weight = _numbers(7, width, seed=1), _numbers(num_outputs, width, seed=2)
         yield linear(x, _packed(weight), num_outputs, _numbers(num_outputs, seed=3))
-    x, delta, weight = _numbers(5, 77, seed=4), _numbers(5, 77, seed=5), _numbers(77, seed=6)
+    x, delta, weight = _numbers(60, 77, seed=4), _numbers(60, 77, seed=5), _numbers(77, seed=6)
     yield embedding(torch.tensor([3, 64, 0]), _packed(_numbers(66, 20, seed=7)))
     yield rms_norm(x, weight, 1e-5)
     yield from add_rms_norm(x, delta, weight, 1e-6)

@@ -7,6 +7,7 @@ sums over an axis by itself. Names and arguments are those of the fast kernels, 
 from __future__ import annotations
 
 import decimal
+import hashlib
 import itertools
 import math
 
@@ -19,6 +20,7 @@ K_BLOCK = 128  # linear: length of one FMA chain over k
 MAX_SEGMENTS = 8  # linear: leaves of the tree over K
 KEY_CHUNK = 256  # attention: keys between two merges, counted from position 0
 VOCAB_BLOCK = 64  # log-sum-exp: entries under one maximum
+DIGEST_PIECE, DIGEST_PRIME = 1 << 18, 0x9E3779B97F4A7C15
 
 EXP_LOWEST = np.float32(-87.33)
 EXP_HIGHEST = np.float32(89.0)
@@ -412,3 +414,19 @@ def _drawn_token(z_V: Array, block_max: Array, block_sum: Array, u: float) -> in
             if running > target:
                 return begin + i
     return begin + int(np.flatnonzero(e > 0)[-1])
+
+
+# Digests of weights
+
+
+def tensor_digest(tensor: torch.Tensor) -> bytes:
+    """The 16-byte digest of a contiguous float32 tensor's bits and shape."""
+    words = tensor.numpy().reshape(-1).view(np.uint32).tolist()
+    digest = hashlib.blake2b(repr(tuple(tensor.shape)).encode(), digest_size=16)
+    for begin in range(0, len(words), DIGEST_PIECE):
+        lanes = [(lane + 1) * DIGEST_PRIME % (1 << 64) for lane in range(8)]
+        for i, word in enumerate(words[begin : begin + DIGEST_PIECE]):
+            h = (lanes[i % 8] ^ word) * DIGEST_PRIME % (1 << 64)
+            lanes[i % 8] = h ^ (h >> 32)
+        digest.update(np.array(lanes, "<u8").tobytes())
+    return digest.digest()

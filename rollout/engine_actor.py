@@ -18,7 +18,7 @@ from engine.outputs import EngineStats
 from rollout.engine_loop import EngineLoop
 from rollout.requests import GroupRequest, GroupResult
 from rollout.sync_report import CommitReport, SyncMode
-from rollout.weight_sync import WeightBucket, WeightStaging
+from rollout.weight_sync import StagedWeights, WeightBucket, WeightStaging
 
 # Waiting collects, one for each caller, have threads of their own, so that they never hold up a command.
 MAX_WAITING_CALLERS = 64
@@ -104,11 +104,11 @@ def _describe(engine: Any) -> EngineInfo:
     )
 
 
-def _update_weights(engine: Any, staged: dict[str, torch.Tensor], policy_version: int, mode: SyncMode) -> CommitReport:
+def _update_weights(engine: Any, staged: StagedWeights, policy_version: int, mode: SyncMode) -> CommitReport:
     is_recomputed = mode == "recompute"
     num_recomputed_tokens = sum(r.num_computed_tokens for r in engine.scheduler.running) if is_recomputed else 0
     start = time.perf_counter()
-    checksum = engine.update_weights(staged, policy_version, mode)
+    checksum = engine.update_weights(staged.tensors, policy_version, mode, staged.digests)
     return CommitReport(
         policy_version=engine.policy_version,
         checksum=checksum,

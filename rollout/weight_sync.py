@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -115,22 +115,30 @@ def _checked(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> tuple[t
     return values, digest
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagedWeights:
+    """Verified views of the weights of one sync, with the digests they were verified by."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    digests: dict[str, bytes] = field(default_factory=dict)
+
+
 class WeightStaging:
     """Weights that an engine holds views of but does not use yet, by sync."""
 
     def __init__(self) -> None:
-        self._by_sync: dict[str, dict[str, torch.Tensor]] = {}
+        self._by_sync: dict[str, StagedWeights] = {}
 
     def add(self, sync_id: str, bucket: WeightBucket) -> None:
         """Keeps the bucket's tensors if they are what the sender read; RuntimeError otherwise."""
-        staged = self._by_sync.setdefault(sync_id, {})
+        staged = self._by_sync.setdefault(sync_id, StagedWeights())
         for name, array in bucket.arrays.items():
             tensor = torch.from_numpy(array)
             if tensor_digest(tensor) != bucket.digests[name]:
                 raise RuntimeError(f"weight {name!r} arrived with other bits than were sent")
-            staged[name] = tensor
+            staged.tensors[name], staged.digests[name] = tensor, bucket.digests[name]
 
-    def take(self, sync_id: str) -> dict[str, torch.Tensor]:
+    def take(self, sync_id: str) -> StagedWeights:
         """Everything staged under `sync_id`. Drops what other syncs left: they were begun before this one ended."""
         staged = self._by_sync[sync_id]
         self._by_sync.clear()

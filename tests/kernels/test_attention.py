@@ -157,8 +157,9 @@ def test_torch_attention_would_not_pass():
     k, v = (t.expand(-1, 3, -1).transpose(0, 1) for t in (s.k, s.v))
     sdpa = torch.nn.functional.scaled_dot_product_attention
     prefill = sdpa(s.q.transpose(0, 1), k, v, is_causal=True, scale=SCALE)
-    decode = [sdpa(s.q[i : i + 1].transpose(0, 1), k[:, : i + 1], v[:, : i + 1], scale=SCALE) for i in range(LENGTH)]
-    assert num_different(prefill, torch.cat(decode, 1)) > 0
+    last = range(LENGTH - 60, LENGTH)
+    decode = [sdpa(s.q[i : i + 1].transpose(0, 1), k[:, : i + 1], v[:, : i + 1], scale=SCALE) for i in last]
+    assert num_different(prefill[:, -60:], torch.cat(decode, 1)) > 0
     assert num_different(prefill.transpose(0, 1), long_expected(0)) > 0
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from kernel_checks import spread
 
+from kernels import reference
 from kernels.checksum import combine_digests, digest_and_scan, tensor_digest
 from kernels.library import set_num_threads
 
@@ -19,6 +20,12 @@ def test_every_bit_of_every_element_counts():
             changed.view(torch.int32)[element] ^= -(1 << 31) if bit == 31 else 1 << bit
             seen.add(tensor_digest(changed))
     assert len(seen) == 1 + 61 * 3
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (61,), (8, 12), (PIECE + 11,)])
+def test_digest_equals_the_reference(shape):
+    x = spread(*shape, seed=3)
+    assert tensor_digest(x) == reference.tensor_digest(x)
 
 
 def test_places_and_shape_count():
