@@ -148,7 +148,7 @@ def test_a_failing_reward_function_is_masked_and_counted_and_the_run_goes_on(ray
     assert [metrics["policy_version"] for metrics in history[1:]] == [1, 1, 2]
     assert [metrics["actor/num_skipped_steps"] for metrics in history[1:]] == [0, 1, 1]
     assert "reward/mean" not in history[2]
-    assert history[2]["mismatch/num_tokens"] == 0
+    assert history[2]["mismatch/num_tokens"] > 0  # compared all the same
     assert history[3]["mismatch/logprob_abs_diff_max"] == 0.0
 
 
