@@ -80,12 +80,12 @@ def test_the_least_recently_used_sequence_is_evicted_first():
 def test_blocks_without_a_hash_are_reused_before_cached_ones():
     pool = BlockPool(4, 2)
     table = pool.allocate(4)
-    pool.register(table[0], block_hash(0))
-    pool.register(table[1], block_hash(1))
+    pool.register(table[2], block_hash(2))
+    pool.register(table[3], block_hash(3))
     pool.free(table)
-    assert set(pool.allocate(2)) == set(table[2:])
+    assert set(pool.allocate(2)) == set(table[:2])
     assert pool.num_evictions == 0
-    assert pool.lookup(block_hash(0)) == table[0]
+    assert pool.lookup(block_hash(3)) == table[3]
 
 
 def test_a_free_block_can_be_hit_until_it_is_reused_and_never_after():
