@@ -287,6 +287,9 @@ def _save_shard(path: Path, shard: Mapping[str, torch.Tensor]) -> None:
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}
     save_file(tensors, path, metadata={"format": "pt"})  # transformers insists on this entry
+    path.chmod(
+        path.parent.stat().st_mode & 0o666
+    )  # safetensors writes for the owner alone; others get what the folder gives
 
 
 def _publish(staged: Path, directory: Path) -> None:

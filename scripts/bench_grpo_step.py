@@ -62,7 +62,7 @@ def main(options: Options) -> None:
     console.print(results_table(f"GRPO step, {job}", "seconds", results, OURS, digits=1))
     if options.output:
         figures = {"seconds": summary(results, OURS), "steps": details}
-        write_json(options.output, {"benchmark": "grpo_step", "job": json.loads(options.job), **figures})
+        write_json(options.output, "grpo_step", options, figures)
 
 
 def make_contenders(options: Options) -> list[Contender]:

@@ -5,7 +5,7 @@ Every repetition brings new prompts, so that no prefix cache helps anybody; cont
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def main(options: Options) -> None:
         console.print(results_table("beside a busy process", "tokens/s", busy, OURS, digits=0))
     if options.output:
         figures = {"tokens_per_second": summary(alone, OURS), "beside_a_busy_process": summary(busy, OURS)}
-        write_json(options.output, {"benchmark": "rollout", "options": as_plain(options), **figures})
+        write_json(options.output, "rollout", options, figures)
 
 
 def make_contenders(options: Options) -> list[Contender]:
@@ -115,10 +115,6 @@ def collect(results: dict[str, list[float]], speeds: dict[str, float], console: 
     for name, speed in speeds.items():
         results.setdefault(name, []).append(speed)
     console.print(", ".join(f"{name} {speed:.0f}" for name, speed in speeds.items()), style="dim")
-
-
-def as_plain(options: Options) -> dict[str, Any]:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -55,9 +55,8 @@ def main(options: Options) -> None:
     rows = {"sync": syncs, "pause of an engine": pauses, "two copies": copies}
     Console().print(figures_table(f"{num_bytes / 1e6:.0f} MB to {options.num_engines} engine(s)", rows, ratios))
     if options.output:
-        plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
         figures = {"num_bytes": num_bytes, "seconds": rows, "sync_over_two_copies": ratios}
-        write_json(options.output, {"benchmark": "weight_sync", "options": plain, **figures})
+        write_json(options.output, "weight_sync", options, figures)
 
 
 def float32_weights(model: str) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +133,20 @@ def summary(results: Mapping[str, Sequence[float]], ours: str) -> dict[str, Any]
     }
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a benchmark's result with the facts of machine and code."""
+PLACES = ("output", "peer_python", "command", "platform")  # they say where a benchmark ran, not what it measured
+
+
+def write_json(path: Path, benchmark: str, options: Any, figures: Mapping[str, Any]) -> None:
+    """Writes a benchmark's figures with its options (a dataclass) and the facts of processor, packages and code."""
     from recipes.run_directory import environment
 
+    content = {"benchmark": benchmark, "options": _without_places(asdict(options)), **figures}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**content, "environment": environment()}, indent=2) + "\n")
+    path.write_text(json.dumps({**content, "environment": _without_places(environment())}, indent=2) + "\n")
+
+
+def _without_places(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if name not in PLACES}
 
 
 def _environment(is_ours: bool) -> dict[str, str]:
