@@ -11,6 +11,7 @@ _HOMES = {
     "Completion": "engine.outputs",
     "StepOutput": "engine.outputs",
     "EngineStats": "engine.outputs",
+    "WeightUpdate": "engine.outputs",
 }
 
 __all__ = sorted(_HOMES)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.scheduler import SchedulerOutput
+from engine.step_plan import SchedulerOutput
 
 GREEDY_TEMPERATURE = 1e-5  # below it the likeliest token is taken and its log-probability reported at temperature 1
 

@@ -16,10 +16,11 @@ from engine.memory import resolve_num_blocks
 from engine.model import NamedTensors
 from engine.model_config import ModelConfig
 from engine.model_runner import ModelRunner
-from engine.outputs import Completion, EngineStats, StepOutput
+from engine.outputs import Completion, EngineStats, StepOutput, WeightUpdate
 from engine.request import Request
 from engine.sampling_params import SamplingParams
-from engine.scheduler import ModelRunnerOutput, Scheduler, SchedulerOutput
+from engine.scheduler import Scheduler
+from engine.step_plan import ModelRunnerOutput, SchedulerOutput
 from engine.tokenizer import Prompt, encode, load_tokenizer
 
 MAX_POLICY_VERSION = 2**31 - 1
@@ -131,8 +132,8 @@ class LLMEngine:
         policy_version: int,
         mode: Literal["recompute", "keep"] = "recompute",
         digests: Mapping[str, bytes] | None = None,
-    ) -> bytes:
-        """Replaces all weights in place, between two steps, and returns their checksum.
+    ) -> WeightUpdate:
+        """Replaces all weights in place, between two steps.
 
         `recompute`: running requests keep their tokens, drop their KV and go on under the new weights; exact.
         `keep`: they go on, on KV of the old weights; fast, and their completions say is_exact=False.
@@ -147,8 +148,8 @@ class LLMEngine:
         if not isinstance(policy_version, int) or not 0 <= policy_version <= MAX_POLICY_VERSION:
             raise ValueError(f"policy_version={policy_version!r} must be an integer from 0 to {MAX_POLICY_VERSION}")
         self.weights_checksum = self.model_runner.load_weights(named_tensors, policy_version, digests)
-        self.scheduler.set_weights(self.weights_checksum, mode)
-        return self.weights_checksum
+        num_dropped_tokens = self.scheduler.set_weights(self.weights_checksum, mode)
+        return WeightUpdate(checksum=self.weights_checksum, num_recomputed_tokens=num_dropped_tokens)
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every weight by Hugging Face name: what `update_weights` must be given."""

@@ -11,7 +11,7 @@ from engine.input_batch import InputBatch
 from engine.model import NamedTensors, Transformer
 from engine.model_config import ModelConfig
 from engine.sampler import Sampler
-from engine.scheduler import ModelRunnerOutput, SchedulerOutput
+from engine.step_plan import ModelRunnerOutput, SchedulerOutput
 from kernels.attention import check_attention_shape, copy_blocks
 
 

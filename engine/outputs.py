@@ -43,6 +43,14 @@ class StepOutput:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WeightUpdate:
+    """What a change of weights did."""
+
+    checksum: bytes  # 16 bytes that name the new weights
+    num_recomputed_tokens: int  # whose KV running requests dropped and compute again
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """The engine's gauges and, from `num_preemptions` on, its counters since it was built."""
 

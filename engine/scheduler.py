@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Literal, Protocol
 
-from engine.block_pool import BlockPool, hash_block, root_hash
+from engine.block_pool import BlockPool
+from engine.kv_cache_manager import KVCacheManager
 from engine.outputs import Completion, EngineStats, NewToken, StepOutput
 from engine.request import Request, RequestStatus
+from engine.step_plan import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
 
 _order = attrgetter("order")
 
@@ -32,38 +34,6 @@ class SchedulerConfig(Protocol):
     def long_prefill_token_threshold(self) -> int: ...
     @property
     def max_model_len(self) -> int | None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScheduledRequest:
-    """One request's share of a step: positions [start, start + num_tokens)."""
-
-    request: Request
-    start: int  # first position computed; request.num_computed_tokens is already past the last one
-    num_tokens: int
-    samples: tuple[Request, ...]  # who draws from the last row: nobody, the request, or a leader and its siblings
-
-
-@dataclass(slots=True, kw_only=True)
-class SchedulerOutput:
-    """The plan of one step."""
-
-    scheduled: list[ScheduledRequest]
-    block_copies: list[tuple[int, int]]  # (source, destination), made in this order before the step stores anything
-    num_scheduled_tokens: int
-
-    @property
-    def is_empty(self) -> bool:
-        return not self.scheduled
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelRunnerOutput:
-    """What the model runner drew: one entry for each of `scheduled[i].samples`, in order."""
-
-    token_ids: list[int]
-    logprobs: list[float]  # each exactly a float32
-    policy_version: int  # of the weights at launch
 
 
 @dataclass(slots=True)
@@ -82,7 +52,7 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, block_pool: BlockPool, weights_checksum: bytes = b"") -> None:
         assert config.max_model_len is not None, "max_model_len must be resolved before the scheduler is built"
         self.block_pool = block_pool
-        self.weights_checksum = weights_checksum
+        self.kv_cache = KVCacheManager(block_pool, weights_checksum)
         self.max_model_len = config.max_model_len
         self.max_num_seqs = config.max_num_seqs
         self.max_num_batched_tokens = config.max_num_batched_tokens
@@ -146,7 +116,7 @@ class Scheduler:
         assert not self._is_step_under_way, "weights may change only between two steps"
         if mode not in ("recompute", "keep"):
             raise ValueError(f"mode={mode!r} must be 'recompute' or 'keep'")
-        self.weights_checksum = checksum
+        self.kv_cache.weights_checksum = checksum
         num_dropped_tokens = self._requeue_running() if mode == "recompute" else 0
         for samples in self._unfinished.values():
             for sample in samples:
@@ -232,12 +202,12 @@ class Scheduler:
             request = self.waiting[0]
             if self._num_seats_taken + request.num_seats > self.max_num_seqs:
                 return
-            cached_block_ids = self._find_cached_blocks(request)
+            cached_block_ids = self.kv_cache.find_cached_blocks(request)
             if not self._can_admit(request, cached_block_ids, plan):
                 return
             self._admit(request, cached_block_ids)
             num_tokens = self._share(request, plan)
-            self._allocate(request, request.num_computed_tokens + num_tokens)
+            self.kv_cache.extend(request, request.num_computed_tokens + num_tokens)
             self._plan(request, num_tokens, plan)
 
     def _share(self, request: Request, plan: _Plan) -> int:
@@ -254,9 +224,7 @@ class Scheduler:
         if not is_complete or request.siblings:
             plan.num_promised_blocks += self._num_promised_blocks(request)
         request.num_computed_tokens = end
-        block_size = self.block_pool.block_size
-        if end // block_size > start // block_size:
-            self._register_full_blocks(request, start // block_size, end // block_size)
+        self.kv_cache.register_full_blocks(request, start, end)
 
     def _launch(self, plan: _Plan) -> SchedulerOutput:
         num_scheduled_tokens = self.max_num_batched_tokens - plan.token_budget
@@ -267,76 +235,18 @@ class Scheduler:
             scheduled=plan.scheduled, block_copies=plan.block_copies, num_scheduled_tokens=num_scheduled_tokens
         )
 
-    # Blocks
-
     def _make_room(self, request: Request, num_tokens: int, plan: _Plan) -> bool:
         """Blocks for a running request's next tokens, taken from the tail if they must be; False if it was the tail."""
-        start = request.num_computed_tokens
-        end = start + num_tokens
-        pool = self.block_pool
-        is_inside_block = start % pool.block_size > 0
-        has_room = is_inside_block and len(request.block_ids) * pool.block_size >= end
-        if has_room and pool.ref_count(request.block_ids[-1]) == 1:
-            return True  # nearly every step of a request
-        while True:
-            is_shared = is_inside_block and pool.ref_count(request.block_ids[-1]) > 1
-            if self._num_blocks(end) - len(request.block_ids) + is_shared <= pool.num_free_blocks:
-                break
+        end = request.num_computed_tokens + num_tokens
+        while not self.kv_cache.has_room(request, end):
             if self._preempt_tail() is request:
                 return False
-        if is_shared:
-            self._copy_last_block(request, plan)
-        self._allocate(request, end)
+        plan.block_copies += self.kv_cache.extend(request, end)
         return True
-
-    def _copy_last_block(self, request: Request, plan: _Plan) -> None:
-        """Copy on write. The source is left to the others; whoever may write it this step does so after the copy."""
-        source = request.block_ids[-1]
-        [destination] = self.block_pool.allocate(1)
-        request.block_ids[-1] = destination
-        self.block_pool.free([source])
-        plan.block_copies.append((source, destination))
-
-    def _allocate(self, request: Request, end: int) -> None:
-        num_missing_blocks = self._num_blocks(end) - len(request.block_ids)
-        if num_missing_blocks > 0:
-            request.block_ids += self.block_pool.allocate(num_missing_blocks)
-
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_pool.block_size)
 
     def _num_promised_blocks(self, request: Request) -> int:
         """Blocks it needs before all its samples decode: those of its known tokens, and one for each other sample."""
-        return self._num_blocks(len(request.token_ids)) - len(request.block_ids) + len(request.siblings)
-
-    def _find_cached_blocks(self, request: Request) -> list[int]:
-        """Blocks that hold the request's first tokens; the last token is always computed, as it is drawn from."""
-        pool = self.block_pool
-        block_ids: list[int] = []
-        if not pool.enable_prefix_caching:
-            return block_ids
-        for index in range((len(request.token_ids) - 1) // pool.block_size):
-            block_id = pool.lookup(self._block_hash(request, index))
-            if block_id is None:
-                break
-            block_ids.append(block_id)
-        return block_ids
-
-    def _register_full_blocks(self, request: Request, first: int, last: int) -> None:
-        """Registers blocks [first, last), which this step fills; a request of the same step may hit them already."""
-        if request.has_mixed_kv or not self.block_pool.enable_prefix_caching:
-            return
-        for index in range(first, last):
-            self.block_pool.register(request.block_ids[index], self._block_hash(request, index))
-
-    def _block_hash(self, request: Request, index: int) -> bytes:
-        hashes = request.block_hashes
-        block_size = self.block_pool.block_size
-        while len(hashes) <= index:
-            parent = hashes[-1] if hashes else root_hash(self.weights_checksum, request.cache_salt)
-            start = len(hashes) * block_size
-            hashes.append(hash_block(parent, request.token_ids[start : start + block_size]))
-        return hashes[index]
+        return self.kv_cache.num_blocks(len(request.token_ids)) - len(request.block_ids) + len(request.siblings)
 
     # Admission and preemption
 
@@ -367,7 +277,7 @@ class Scheduler:
     def _check_fits_pool(self, leader: Request) -> None:
         # The last token is drawn but never stored.
         num_tokens = min(leader.num_prompt_tokens + leader.params.max_tokens, self.max_model_len) - 1
-        num_blocks, pool = self._num_blocks(num_tokens), self.block_pool
+        num_blocks, pool = self.kv_cache.num_blocks(num_tokens), self.block_pool
         if num_blocks > pool.num_blocks:
             raise ValueError(
                 f"request {leader.request_id!r} can never fit: {leader.num_prompt_tokens} prompt tokens and "
@@ -383,7 +293,7 @@ class Scheduler:
         as soon as the others grow, and its prompt computed again.
         """
         pool = self.block_pool
-        num_needed = self._num_blocks(len(request.token_ids)) - len(cached_block_ids)
+        num_needed = self.kv_cache.num_blocks(len(request.token_ids)) - len(cached_block_ids)
         num_needed += sum([pool.ref_count(block_id) == 0 for block_id in cached_block_ids])
         if self.running:
             num_needed += plan.num_promised_blocks + len(request.siblings) + len(self.running)
@@ -392,9 +302,7 @@ class Scheduler:
     def _admit(self, request: Request, cached_block_ids: list[int]) -> None:
         assert request.num_computed_tokens == 0, f"{request} waits but has computed tokens"
         del self.waiting[0]
-        self.block_pool.touch(cached_block_ids)
-        request.block_ids = cached_block_ids
-        request.num_computed_tokens = request.num_cached_tokens = len(cached_block_ids) * self.block_pool.block_size
+        self.kv_cache.adopt(request, cached_block_ids)
         request.status = RequestStatus.RUNNING
         insort(self.running, request, key=_order)
         self._num_seats_taken += request.num_seats
@@ -422,10 +330,7 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         """Gives back blocks and seats of a running request; its tokens stay."""
-        self.block_pool.free(request.block_ids)
-        request.block_ids = []
-        request.num_computed_tokens = 0
-        request.has_mixed_kv = False
+        self.kv_cache.release(request)
         self._num_seats_taken -= request.num_seats
 
     # Taking in a step
@@ -434,11 +339,7 @@ class Scheduler:
         """The prompt is complete: its samples share the leader's blocks from here on, and part when they write."""
         siblings, leader.siblings = leader.siblings, ()
         for sibling in siblings:
-            self.block_pool.touch(leader.block_ids)
-            sibling.block_ids = leader.block_ids.copy()
-            sibling.block_hashes = leader.block_hashes.copy()
-            sibling.num_computed_tokens = sibling.num_cached_tokens = leader.num_computed_tokens
-            sibling.has_mixed_kv = leader.has_mixed_kv
+            self.kv_cache.share(leader, sibling)
             sibling.status = RequestStatus.RUNNING
         place = bisect_left(self.running, leader.order, key=_order) + 1
         self.running[place:place] = siblings
@@ -491,5 +392,5 @@ class Scheduler:
         assert request.status is RequestStatus.RUNNING, f"{request} is among the running"
         assert num_computed_tokens <= num_tokens < self.max_model_len, f"{request}: lengths"
         assert self._is_step_under_way or num_computed_tokens < num_tokens, f"{request} has nothing to compute"
-        assert len(request.block_ids) == self._num_blocks(num_computed_tokens), f"{request}: blocks"
+        assert len(request.block_ids) == self.kv_cache.num_blocks(num_computed_tokens), f"{request}: blocks"
         assert request.num_output_tokens == len(request.logprobs) == len(request.policy_versions), f"{request}: output"

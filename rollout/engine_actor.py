@@ -105,13 +105,11 @@ def _describe(engine: Any) -> EngineInfo:
 
 
 def _update_weights(engine: Any, staged: StagedWeights, policy_version: int, mode: SyncMode) -> CommitReport:
-    is_recomputed = mode == "recompute"
-    num_recomputed_tokens = sum(r.num_computed_tokens for r in engine.scheduler.running) if is_recomputed else 0
     start = time.perf_counter()
-    checksum = engine.update_weights(staged.tensors, policy_version, mode, staged.digests)
+    update = engine.update_weights(staged.tensors, policy_version, mode, staged.digests)
     return CommitReport(
         policy_version=engine.policy_version,
-        checksum=checksum,
+        checksum=update.checksum,
         pause_seconds=time.perf_counter() - start,
-        num_recomputed_tokens=num_recomputed_tokens,
+        num_recomputed_tokens=update.num_recomputed_tokens,
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from kernels.logprobs import token_logprobs
 from trainers.advantages import group_advantages
 from trainers.batch import PackedBatch, pack, pack_micro_batches
-from trainers.grpo import GRPOConfig, GRPOTrainer
+from trainers.grpo import GRPOTrainer
+from trainers.grpo_config import GRPOConfig
 from trainers.losses import LossOutput, kl_estimate, kl_loss, policy_loss
 from trainers.policy import Policy
 

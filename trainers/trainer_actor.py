@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 import torch
@@ -14,12 +14,10 @@ from engine.config import available_cores
 from rollout import PoolHandle, Rollout, SyncReport
 from rollout.cluster import actor_env
 from trainers.batch import PackedBatch, pack_micro_batches
+from trainers.grpo_config import GRPOConfig
 from trainers.losses import LossOutput, add_losses, kl_loss, policy_loss
 from trainers.metrics import mismatch_metrics
 from trainers.policy import Policy, load_transformer, packed_logprobs
-
-if TYPE_CHECKING:
-    from trainers.grpo import GRPOConfig
 
 
 class TrainerActor:

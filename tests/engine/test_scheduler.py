@@ -17,7 +17,8 @@ from engine.detokenizer import Detokenizer
 from engine.outputs import Completion, StepOutput
 from engine.request import Request, RequestStatus
 from engine.sampling_params import SamplingParams
-from engine.scheduler import ModelRunnerOutput, Scheduler, SchedulerOutput
+from engine.scheduler import Scheduler
+from engine.step_plan import ModelRunnerOutput, SchedulerOutput
 
 EOS = 0
 BLOCK_SIZE = 4

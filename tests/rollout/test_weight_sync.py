@@ -120,7 +120,7 @@ def test_rollouts_after_a_sync_are_those_of_an_engine_with_these_weights(pool, v
     assert 0 < max(report.pause_seconds) < report.seconds
 
     engine = LLMEngine(config)
-    assert engine.update_weights(weights, version).hex() == report.checksum
+    assert engine.update_weights(weights, version).checksum.hex() == report.checksum
     for groups in pool.generate(PROMPTS, SamplingParams(n=2, max_tokens=12)):
         (completions,) = engine.generate(
             [groups[0].prompt_token_ids], SamplingParams(n=2, max_tokens=12, seed=groups[0].seed)
