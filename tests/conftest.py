@@ -1,10 +1,10 @@
-"""Models that the tests share: the packaged SmolLM2, and tiny random ones of every supported family."""
+"""What the tests share: the packaged SmolLM2, tiny random models of every supported family, and one Ray."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,19 @@ _CORPUS = [
 def smollm2_dir() -> Path:
     """The packaged SmolLM2-135M-Instruct as a Hugging Face directory; converted once per machine."""
     return resolve_model("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One Ray for all tests that need one; pools that find it running leave it running."""
+    import ray
+
+    from rollout import cluster
+
+    has_started = cluster.connect(weights_bytes=0, num_cpus=2)
+    yield
+    if has_started and ray.is_initialized():
+        cluster.disconnect()
 
 
 @pytest.fixture(scope="session")

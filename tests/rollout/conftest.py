@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-import ray
 import torch
 
 from engine import EngineConfig
@@ -13,18 +12,9 @@ from engine.checkpoint import iter_weights
 from engine.model import Transformer
 from engine.model_config import ModelConfig
 from kernels.logprobs import token_logprobs
-from rollout import Rollout, cluster
+from rollout import Rollout
 
 Weights = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
-    """One Ray for all tests that need one; pools that find it running leave it running."""
-    has_started = cluster.connect(weights_bytes=0, num_cpus=2)
-    yield
-    if has_started and ray.is_initialized():
-        cluster.disconnect()
 
 
 @pytest.fixture(scope="session")

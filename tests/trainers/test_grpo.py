@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import ray
 
 from rollout import EngineConfig
 from trainers import GRPOConfig, GRPOTrainer, Policy
@@ -41,15 +40,7 @@ def engine_config(tiny_model_dir) -> EngineConfig:
 
 
 @pytest.fixture(scope="module")
-def ray_cluster():
-    """One Ray for all runs of this module; each pool joins it."""
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def run(ray_cluster, engine_config, tmp_path_factory):
+def run(local_ray, engine_config, tmp_path_factory):
     """A run of three steps, with everything that its callbacks saw."""
     seen, phases = [], []
     config = dataclasses.replace(CONFIG, output_dir=str(tmp_path_factory.mktemp("run")))
@@ -134,7 +125,7 @@ def test_threads_and_fingerprint_are_recorded(run):
     assert fingerprints == {run.trainer.environment["trainer"]["kernel_fingerprint"]}
 
 
-def test_a_failing_reward_function_is_masked_and_counted_and_the_run_goes_on(ray_cluster, engine_config):
+def test_a_failing_reward_function_is_masked_and_counted_and_the_run_goes_on(local_ray, engine_config):
     calls = []
 
     def fails_on_the_second_call(completions):
@@ -152,7 +143,7 @@ def test_a_failing_reward_function_is_masked_and_counted_and_the_run_goes_on(ray
     assert history[3]["mismatch/logprob_abs_diff_max"] == 0.0
 
 
-def test_shuffled_rewards_are_dealt_out_anew_and_groups_without_spread_are_only_compared(ray_cluster, engine_config):
+def test_shuffled_rewards_are_dealt_out_anew_and_groups_without_spread_are_only_compared(local_ray, engine_config):
     def first_is_right(completions):
         return [1.0] + [0.0] * (len(completions) - 1)
 
