@@ -186,7 +186,7 @@ def check_shared_memory() -> Finding:
         return Finding(state="warn", detail=plan.warning.partition(", so ")[0], remedy=plan.warning.rpartition(": ")[2])
     return Finding(
         state="ok",
-        detail=f"{SHARED_MEMORY} has {free / GIB:.1f} GiB free; weight sync takes {plan.num_bytes / GIB:.1f}",
+        detail=f"{SHARED_MEMORY} has {free / GIB:.1f} GiB free; weight sync takes {plan.num_bytes / GIB:.1f} GiB",
     )
 
 
