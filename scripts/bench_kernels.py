@@ -1,0 +1,248 @@
+"""Times each kernel against its floor and against torch, alone and beside a process that keeps a core busy.
+
+The floor of an operation is the longer of two times, by limits measured in the same run: its arithmetic at the rate of
+torch's own 2048^3 product, and the bytes it must read at the speed at which torch adds up a large tensor. (Where data
+fits the caches, or a product beats torch's, more than the floor is possible.) Weights are rotated over more than the
+caches hold, so they come from memory as they do in a model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch.nn.functional import linear as torch_linear
+from torch.nn.functional import rms_norm as torch_rms_norm
+from torch.nn.functional import scaled_dot_product_attention, silu
+
+import kernels
+from engine.config import available_cores
+from kernels.activation import silu_and_mul
+from kernels.attention import paged_attention
+from kernels.linear import linear, pack_rows, packed_shape
+from kernels.logprobs import vocab_stats
+from kernels.rms_norm import rms_norm
+from scripts.timing import busy_process, write_json
+
+ROTATED_BYTES = 96 * 2**20
+BLOCK_SIZE = 16
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What to time, and for how long."""
+
+    num_threads: int | None = None
+    """Threads of our kernels and of torch; None takes every core."""
+    rows: tuple[int, ...] = (1, 8, 32, 64, 512)
+    """Numbers of rows for the linear layers."""
+    seconds: float = 0.25
+    """Time spent on each figure. The best call counts, and beside a busy process the median."""
+    busy: bool = True
+    """Time everything a second time beside a busy process."""
+    output: Path | None = None
+    """Where to write all figures, as JSON."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One operation on one shape."""
+
+    name: str
+    ours: Callable[[], object]
+    theirs: Callable[[], object]
+    flops: float
+    num_bytes: float  # that must be read
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What this machine can do, measured in this run."""
+
+    flops_per_second: float
+    bytes_per_second: float
+
+    def floor(self, case: Case) -> float:
+        """Seconds that the case takes at least."""
+        return max(case.flops / self.flops_per_second, case.num_bytes / self.bytes_per_second)
+
+
+def main(options: Options) -> None:
+    num_threads = options.num_threads or available_cores()
+    torch.set_num_threads(num_threads)
+    kernels.set_num_threads(num_threads)
+    console = Console(width=110)
+    with torch.inference_mode():
+        limits = measure_limits(options.seconds)
+        console.print(
+            f"{num_threads} threads, {kernels.instruction_set()}: product {limits.flops_per_second / 1e9:.0f} GFLOP/s, "
+            f"read {limits.bytes_per_second / 1e9:.1f} GB/s"
+        )
+        rows = [measure(case, limits, options) for case in make_cases(options.rows)]
+    console.print(figures_table(rows, options.busy))
+    if options.output:
+        limit_figures = {"gflops": limits.flops_per_second / 1e9, "read_gb_per_second": limits.bytes_per_second / 1e9}
+        write_json(options.output, "kernels", options, {"limits": limit_figures, "kernels": rows})
+
+
+def measure_limits(seconds: float) -> Limits:
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    data = torch.ones(2**26)
+    return Limits(
+        flops_per_second=2 * 2048**3 / best_seconds(lambda: torch.mm(a, b), 4 * seconds),
+        bytes_per_second=data.nbytes / best_seconds(data.sum, 4 * seconds),
+    )
+
+
+def measure(case: Case, limits: Limits, options: Options) -> dict[str, str | float]:
+    """Microseconds of ours and torch's, alone and beside a busy process, and the floor's."""
+    row: dict[str, str | float] = {"name": case.name, "floor_us": 1e6 * limits.floor(case)}
+    row["ours_us"] = 1e6 * best_seconds(case.ours, options.seconds)
+    row["torch_us"] = 1e6 * best_seconds(case.theirs, options.seconds)
+    if options.busy:
+        with busy_process():
+            row["ours_busy_us"] = 1e6 * statistics.median(call_seconds(case.ours, options.seconds))
+            row["torch_busy_us"] = 1e6 * statistics.median(call_seconds(case.theirs, options.seconds))
+    return row
+
+
+def best_seconds(call: Callable[[], object], seconds: float) -> float:
+    return min(call_seconds(call, seconds))
+
+
+def call_seconds(call: Callable[[], object], seconds: float) -> list[float]:
+    """What each call took of those that fit into `seconds`, at least three after one that does not count."""
+    call()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def make_cases(row_counts: tuple[int, ...]) -> Iterator[Case]:
+    """The operations of SmolLM2-135M: 9 query and 3 key-value heads of 64, widths 576 and 1536."""
+    layers = {"q, k, v": (960, 576), "attention output": (576, 576), "gate, up": (3072, 576), "down": (576, 1536)}
+    for (name, (num_outputs, width)), num_rows in itertools.product(layers.items(), row_counts):
+        yield linear_case(name, num_outputs, width, num_rows)
+    for num_rows in row_counts:
+        yield head_case(49152, 576, num_rows)
+    for num_rows in (64, 512):
+        yield rms_norm_case(num_rows, 576)
+        yield silu_case(num_rows, 1536)
+    for num_requests, context in ((32, 512), (32, 2048), (1, 8192)):
+        yield attention_case(f"decode of {num_requests}", num_requests, 1, context)
+    for length in (512, 4096):
+        yield attention_case("prefill", 1, length, length)
+
+
+def rotating(make: Callable[[], torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Copies of a weight in turn, more of them than the caches hold."""
+    first = make()
+    copies = [first, *(make() for _ in range(ROTATED_BYTES // first.nbytes))]
+    return itertools.cycle(copies)
+
+
+def packed_weight(num_outputs: int, width: int) -> torch.Tensor:
+    packed = torch.zeros(packed_shape(num_outputs, width))
+    pack_rows(packed, torch.randn(num_outputs, width))
+    return packed
+
+
+def linear_case(name: str, num_outputs: int, width: int, num_rows: int) -> Case:
+    x = torch.randn(num_rows, width)
+    packed = rotating(lambda: packed_weight(num_outputs, width))
+    plain = rotating(lambda: torch.randn(num_outputs, width))
+    return Case(
+        name=f"{name} {width} -> {num_outputs}, {num_rows} rows",
+        ours=lambda: linear(x, next(packed), num_outputs),
+        theirs=lambda: torch_linear(x, next(plain)),
+        flops=2.0 * num_rows * num_outputs * width,
+        num_bytes=FLOAT_BYTES * num_outputs * width,
+    )
+
+
+def head_case(vocab_size: int, width: int, num_rows: int) -> Case:
+    """The output head with its log-sum-exp; torch's side writes the logits out and reduces them."""
+    x, temperature = torch.randn(num_rows, width), torch.ones(num_rows)
+    packed, plain = packed_weight(vocab_size, width), torch.randn(vocab_size, width)
+    return Case(
+        name=f"head and log-sum-exp {width} -> {vocab_size}, {num_rows} rows",
+        ours=lambda: vocab_stats(x, packed, vocab_size, temperature),
+        theirs=lambda: torch_linear(x, plain).logsumexp(-1),
+        flops=2.0 * num_rows * vocab_size * width,
+        num_bytes=FLOAT_BYTES * vocab_size * width,
+    )
+
+
+def rms_norm_case(num_rows: int, width: int) -> Case:
+    x, weight = torch.randn(num_rows, width), torch.ones(width)
+    return Case(
+        name=f"RMSNorm {width}, {num_rows} rows",
+        ours=lambda: rms_norm(x, weight, 1e-5),
+        theirs=lambda: torch_rms_norm(x, (width,), weight, 1e-5),
+        flops=4.0 * x.numel(),
+        num_bytes=x.nbytes,
+    )
+
+
+def silu_case(num_rows: int, width: int) -> Case:
+    x = torch.randn(num_rows, 2 * width)
+    return Case(
+        name=f"silu-and-mul {width}, {num_rows} rows",
+        ours=lambda: silu_and_mul(x),
+        theirs=lambda: silu(x[:, :width]) * x[:, width:],
+        flops=20.0 * num_rows * width,
+        num_bytes=x.nbytes,
+    )
+
+
+def attention_case(name: str, num_requests: int, num_rows: int, context: int) -> Case:
+    """The last `num_rows` of `context` positions of each request; torch attends to dense keys and values."""
+    num_heads, num_kv_heads, head_dim = 9, 3, 64
+    blocks_each = context // BLOCK_SIZE
+    shape = (num_requests * blocks_each, num_kv_heads, head_dim, BLOCK_SIZE)
+    keys, values = torch.randn(shape), torch.randn(*shape[:2], BLOCK_SIZE, head_dim)
+    tables = torch.randperm(shape[0]).int().reshape(num_requests, blocks_each)
+    starts = num_rows * torch.arange(num_requests + 1, dtype=torch.int32)
+    lengths = torch.full((num_requests,), context, dtype=torch.int32)
+    q = torch.randn(num_requests * num_rows, num_heads, head_dim)
+    dense_q = torch.randn(num_requests, num_heads, num_rows, head_dim)
+    dense_k, dense_v = torch.randn(2, num_requests, num_kv_heads, context, head_dim)
+    pairs = num_requests * num_heads * (context if num_rows == 1 else context * (context + 1) / 2)
+    return Case(
+        name=f"attention, {name} at context {context}",
+        ours=lambda: paged_attention(q, keys, values, tables, starts, lengths, head_dim**-0.5),
+        theirs=lambda: scaled_dot_product_attention(dense_q, dense_k, dense_v, is_causal=num_rows > 1, enable_gqa=True),
+        flops=4.0 * pairs * head_dim,
+        num_bytes=keys.nbytes + values.nbytes,
+    )
+
+
+def figures_table(rows: list[dict], has_busy: bool) -> Table:
+    """A line for each case; `of floor` is the share of the floor's speed that ours reaches."""
+    columns = ["", "floor us", "ours us", "of floor", "torch / ours"] + ["busy: ours us", "torch / ours"] * has_busy
+    table = Table(*columns, box=SIMPLE_HEAD)
+    for row in rows:
+        cells = [row["name"], f"{row['floor_us']:.0f}", f"{row['ours_us']:.0f}"]
+        cells += [f"{row['floor_us'] / row['ours_us']:.0%}", f"{row['torch_us'] / row['ours_us']:.2f}"]
+        if has_busy:
+            cells += [f"{row['ours_busy_us']:.0f}", f"{row['torch_busy_us'] / row['ours_busy_us']:.2f}"]
+        table.add_row(*cells)
+    return table
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, prog="python -m scripts.bench_kernels", description=__doc__))
