@@ -21,6 +21,7 @@ from kernels.checksum import combine_digests, digest_and_scan
 from kernels.linear import embedding, linear, pack_rows, packed_shape, unpack_rows
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rotary import rotary, rotary_table
+from kernels.storage import empty_storage
 
 NamedTensors = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
 
@@ -33,7 +34,7 @@ class PackedLinear(nn.Module):
     def __init__(self, num_outputs: int, num_inputs: int, *, has_bias: bool = False, with_master: bool) -> None:
         super().__init__()
         self.num_outputs, self.num_inputs = num_outputs, num_inputs
-        self.register_buffer("packed", torch.zeros(packed_shape(num_outputs, num_inputs)), persistent=False)
+        self.register_buffer("packed", empty_storage(*packed_shape(num_outputs, num_inputs)).zero_(), persistent=False)
         self.master = nn.Parameter(torch.empty(num_outputs, num_inputs)) if with_master else None
         self.bias = nn.Parameter(torch.zeros(num_outputs), requires_grad=with_master) if has_bias else None
 

@@ -13,6 +13,7 @@ from engine.model_config import ModelConfig
 from engine.sampler import Sampler
 from engine.step_plan import ModelRunnerOutput, SchedulerOutput
 from kernels.attention import check_attention_shape, copy_blocks
+from kernels.storage import empty_storage
 
 
 class ModelRunner:
@@ -26,7 +27,7 @@ class ModelRunner:
         self.policy_version = 0
         # Keys, then values: [2, L, P, K * H * S]. Unwritten pages of it cost no memory.
         width = config.num_kv_heads * config.head_dim * block_size
-        self.kv_storage = torch.empty(2, config.num_layers, num_blocks, width)
+        self.kv_storage = empty_storage(2, config.num_layers, num_blocks, width)
         shape = (config.num_layers, num_blocks, config.num_kv_heads, config.head_dim, block_size)
         self.key_blocks = self.kv_storage[0].view(shape)
         self.value_blocks = self.kv_storage[1].view(*shape[:3], block_size, config.head_dim)

@@ -31,6 +31,7 @@ from kernels.attention import paged_attention
 from kernels.linear import linear, pack_rows, packed_shape
 from kernels.logprobs import vocab_stats
 from kernels.rms_norm import rms_norm
+from kernels.storage import empty_storage
 from scripts.timing import busy_process, write_json
 
 ROTATED_BYTES = 96 * 2**20
@@ -156,7 +157,7 @@ def rotating(make: Callable[[], torch.Tensor]) -> Iterator[torch.Tensor]:
 
 
 def packed_weight(num_outputs: int, width: int) -> torch.Tensor:
-    packed = torch.zeros(packed_shape(num_outputs, width))
+    packed = empty_storage(*packed_shape(num_outputs, width)).zero_()
     pack_rows(packed, torch.randn(num_outputs, width))
     return packed
 
@@ -214,7 +215,7 @@ def attention_case(name: str, num_requests: int, num_rows: int, context: int) ->
     num_heads, num_kv_heads, head_dim = 9, 3, 64
     blocks_each = context // BLOCK_SIZE
     shape = (num_requests * blocks_each, num_kv_heads, head_dim, BLOCK_SIZE)
-    keys, values = torch.randn(shape), torch.randn(*shape[:2], BLOCK_SIZE, head_dim)
+    keys, values = empty_storage(*shape).normal_(), empty_storage(*shape[:2], BLOCK_SIZE, head_dim).normal_()
     tables = torch.randperm(shape[0]).int().reshape(num_requests, blocks_each)
     starts = num_rows * torch.arange(num_requests + 1, dtype=torch.int32)
     lengths = torch.full((num_requests,), context, dtype=torch.int32)
