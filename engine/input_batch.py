@@ -9,8 +9,6 @@ import torch
 
 from engine.step_plan import SchedulerOutput
 
-GREEDY_TEMPERATURE = 1e-5  # below it the likeliest token is taken and its log-probability reported at temperature 1
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputBatch:
@@ -71,13 +69,12 @@ def _sampling_columns(plan: SchedulerOutput, cu_seqlens: list[int]) -> dict[str,
     for item, end in zip(plan.scheduled, cu_seqlens[1:], strict=True):
         if not item.samples:
             continue
-        temperature = item.request.params.temperature
-        is_greedy = temperature < GREEDY_TEMPERATURE
+        params = item.request.params
         for sample in item.samples:
             position = len(sample.token_ids) - sample.num_prompt_tokens
-            draws.append((len(rows), _signed(sample.seed), position, sample.index, is_greedy))
+            draws.append((len(rows), _signed(sample.seed), position, sample.index, params.is_greedy))
         rows.append(end - 1)
-        temperatures.append(1.0 if is_greedy else temperature)
+        temperatures.append(params.logprob_temperature)
     return {
         "sampled_rows": torch.tensor(rows, dtype=torch.int64),
         "temperature": torch.tensor(temperatures, dtype=torch.float32),

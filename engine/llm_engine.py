@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from hashlib import blake2b
 from typing import Literal
 
 import kernels
@@ -17,6 +16,7 @@ from engine.model import NamedTensors
 from engine.model_config import ModelConfig
 from engine.model_runner import ModelRunner
 from engine.outputs import Completion, EngineStats, StepOutput, WeightUpdate
+from engine.prompts import as_prompts, derive_seed, per_prompt_params
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
@@ -104,7 +104,7 @@ class LLMEngine:
             TimeoutError: naming how much was unfinished; those requests are aborted.
         """
         prompts = as_prompts(prompts)
-        all_params = _spread(params, len(prompts))
+        all_params = per_prompt_params(params, len(prompts))
         self._num_calls += 1
         ids = [f"generate-{self._num_calls}-{i}" for i in range(len(prompts))]
         self._add_all(ids, prompts, all_params)
@@ -177,26 +177,3 @@ class LLMEngine:
                 if i:
                     self.abort(ids[:i])
                 raise ValueError(f"prompt {i}: {error}") from error
-
-
-def derive_seed(run_seed: int, request_id: str) -> int:
-    """64 bits from a run's seed and a request's id: the same wherever and whenever the request runs."""
-    digest = blake2b(request_id.encode(), digest_size=8, key=run_seed.to_bytes(8, "little"), person=b"seed")
-    return int.from_bytes(digest.digest(), "little")
-
-
-def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts from one prompt (text, ids or messages) or several; ValueError for none at all."""
-    is_one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | Mapping))
-    prompts = [prompts] if is_one else list(prompts)
-    if not prompts:
-        raise ValueError("prompts is empty: give at least one")
-    return prompts
-
-
-def _spread(params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * num_prompts
-    if len(params) != num_prompts:
-        raise ValueError(f"{len(params)} sampling parameters for {num_prompts} prompts: give one, or one for each")
-    return list(params)

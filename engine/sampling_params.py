@@ -11,6 +11,7 @@ from typing import Any
 from engine.config import reject_unknown_options
 
 MAX_SEED = 2**64 - 1
+GREEDY_TEMPERATURE = 1e-5
 
 # Options of vLLM's that change the distribution sampled from, with the only value this version accepts.
 _NEUTRAL_VALUES: dict[str, Any] = {
@@ -61,6 +62,16 @@ class SamplingParams:
     def __new__(cls, **options: Any) -> SamplingParams:
         reject_unknown_options(cls, options)
         return object.__new__(cls)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.temperature < GREEDY_TEMPERATURE
+
+    @property
+    def logprob_temperature(self) -> float:
+        """The temperature that log-probabilities are reported at: 1 where greedy."""
+        return 1.0 if self.is_greedy else self.temperature
 
     def __post_init__(self) -> None:
         self._set(n=_integer("n", self.n, minimum=1))

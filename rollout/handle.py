@@ -13,9 +13,9 @@ from ray.exceptions import RayError
 
 from engine import EngineConfig, SamplingParams
 from engine.checkpoint import resolve_model
-from engine.llm_engine import as_prompts
 from engine.model import NamedTensors
 from engine.outputs import EngineStats
+from engine.prompts import as_prompts, per_prompt_params
 from engine.tokenizer import Prompt, load_tokenizer
 from rollout import requests
 from rollout.engine_actor import EngineInfo
@@ -168,7 +168,7 @@ class PoolHandle:
         prompt_token_ids = requests.encode_prompts(self.tokenizer, as_prompts(prompts), self.vocab_size, max_model_len)
         return (
             prompt_token_ids,
-            requests.per_prompt_params(params, len(prompt_token_ids)),
+            per_prompt_params(params, len(prompt_token_ids)),
             requests.per_prompt_group_ids(group_ids, len(prompt_token_ids)),
             requests.per_prompt_metadata(metadata, len(prompt_token_ids)),
         )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from engine import Completion, SamplingParams
+from engine.prompts import derive_seed, one_per_prompt
 from engine.tokenizer import Prompt, encode
 
 
@@ -29,16 +29,11 @@ class GroupResult:
     completions: list[Completion]  # by sample index
 
 
-def group_seed(run_seed: int, group_id: str) -> int:
-    """64-bit sampling seed of a group; the engine adds the sample's index to its random counter."""
-    return int.from_bytes(hashlib.blake2b(run_seed.to_bytes(8, "little") + group_id.encode()).digest()[:8], "little")
-
-
 def seeded(params: SamplingParams, run_seed: int, group_id: str) -> SamplingParams:
     """`params` with the group's seed, unless the caller chose one."""
     if params.seed is not None:
         return params
-    return replace(params, seed=group_seed(run_seed, group_id))
+    return replace(params, seed=derive_seed(run_seed, group_id))
 
 
 def token_cost(prompt_token_ids: Sequence[int], params: SamplingParams) -> int:
@@ -66,39 +61,19 @@ def _encode_prompt(tokenizer: Any, position: int, prompt: Prompt, vocab_size: in
     return token_ids
 
 
-def per_prompt_params(
-    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
-) -> list[SamplingParams]:
-    """One SamplingParams for each prompt, from one for all, a list, or None for the defaults."""
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * num_prompts
-    return _one_per_prompt("params", params, num_prompts, SamplingParams)
-
-
 def per_prompt_metadata(metadata: Sequence[Mapping[str, Any]] | None, num_prompts: int) -> list[Mapping[str, Any]]:
     """One mapping for each prompt, handed through to its rollouts untouched."""
     if metadata is None:
         return [{} for _ in range(num_prompts)]
-    return _one_per_prompt("metadata", metadata, num_prompts, Mapping)
+    return one_per_prompt("metadata", metadata, num_prompts, Mapping)
 
 
 def per_prompt_group_ids(group_ids: Sequence[str] | None, num_prompts: int) -> list[str | None]:
     """The caller's id of each group; None where the coordinator shall give the next free one."""
     if group_ids is None:
         return [None] * num_prompts
-    checked = _one_per_prompt("group_ids", group_ids, num_prompts, str)
+    checked = one_per_prompt("group_ids", group_ids, num_prompts, str)
     for group_id, count in Counter(checked).items():
         if count > 1:
             raise ValueError(f"group_ids must be unique within a call: {group_id!r} is given {count} times")
     return checked
-
-
-def _one_per_prompt(name: str, values: Any, num_prompts: int, kind: type) -> list[Any]:
-    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
-        raise ValueError(f"{name} must be a list with one {kind.__name__} for each prompt, got {type(values).__name__}")
-    if len(values) != num_prompts:
-        raise ValueError(f"{name} has {len(values)} entries for {num_prompts} prompts: give one for each prompt")
-    for i, value in enumerate(values):
-        if not isinstance(value, kind):
-            raise ValueError(f"{name}[{i}] must be a {kind.__name__}, got {type(value).__name__}")
-    return list(values)

@@ -14,8 +14,6 @@ import torch
 from engine.attention import Segment
 from rollout import Rollout
 
-GREEDY_TEMPERATURE = 1e-5  # below it the engine takes the likeliest token and reports its log-probability at 1
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
@@ -175,18 +173,13 @@ def _pack_samples(
 
 def _columns(rollouts: Sequence[Rollout], advantages: Sequence[float]) -> dict[str, list[float]]:
     lengths = [len(rollout.token_ids) for rollout in rollouts]
-    temperatures = [_training_temperature(rollout) for rollout in rollouts]
+    temperatures = [rollout.sampling_params.logprob_temperature for rollout in rollouts]
     return {
         "temperature": [t for t, length in zip(temperatures, lengths, strict=True) for _ in range(length)],
         "rollout_logprobs": [logprob for rollout in rollouts for logprob in rollout.logprobs],
         "advantages": [a for a, length in zip(advantages, lengths, strict=True) for _ in range(length)],
         "loss_mask": [flag for rollout in rollouts for flag in rollout.loss_mask],
     }
-
-
-def _training_temperature(rollout: Rollout) -> float:
-    temperature = rollout.sampling_params.temperature
-    return temperature if temperature >= GREEDY_TEMPERATURE else 1.0
 
 
 def _groups(rollouts: Sequence[Rollout], indices: Sequence[int]) -> Iterator[list[int]]:

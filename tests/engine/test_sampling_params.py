@@ -102,3 +102,8 @@ def test_an_unknown_option_is_refused_with_the_nearest_name():
 
 def test_integers_are_accepted_where_they_equal_the_neutral_value():
     assert SamplingParams(temperature=0, top_p=1, min_p=0).temperature == 0.0
+
+
+def test_greedy_reports_at_temperature_one_and_everything_else_at_its_own():
+    assert [SamplingParams(temperature=t).is_greedy for t in (0, 9e-6, 1e-5, 0.7)] == [True, True, False, False]
+    assert [SamplingParams(temperature=t).logprob_temperature for t in (0, 1e-5, 0.7)] == [1.0, 1e-5, 0.7]

@@ -10,9 +10,9 @@ import pytest
 import ray
 
 from engine import EngineConfig, LLMEngine, SamplingParams
+from engine.prompts import derive_seed
 from engine.tokenizer import encode
 from rollout import EngineError, PoolHandle, RolloutPool
-from rollout.requests import group_seed
 
 SEED = 7
 PARAMS = SamplingParams(n=3, max_tokens=16)
@@ -51,7 +51,7 @@ def test_rollouts_equal_a_local_engines_bit_for_bit(pool, rollouts, config):
     engine = LLMEngine(config)
     assert len(rollouts) == len(PROMPTS)
     for i, group in enumerate(rollouts):
-        seed = group_seed(SEED, IDS[i])
+        seed = derive_seed(SEED, IDS[i])
         (completions,) = engine.generate([PROMPTS[i]], SamplingParams(n=3, max_tokens=16, seed=seed))
         assert [(r.index, r.token_ids, r.logprobs, r.text, r.finish_reason) for r in group] == [
             (c.index, c.token_ids, c.logprobs, c.text, c.finish_reason) for c in completions
@@ -274,7 +274,7 @@ def test_a_real_models_rollouts_do_not_depend_on_the_number_of_engines(local_ray
             pool.check_integrity()
     engine = LLMEngine(config)
     local = [
-        engine.generate(prompt, SamplingParams(n=4, max_tokens=12, seed=group_seed(SEED, f"g{i}")))[0]
+        engine.generate(prompt, SamplingParams(n=4, max_tokens=12, seed=derive_seed(SEED, f"g{i}")))[0]
         for i, prompt in enumerate(prompts)
     ]
     assert drawn[0] == drawn[1]
