@@ -14,8 +14,10 @@ from pathlib import Path
 SOURCE_DIRECTORY = Path(__file__).parent / "csrc"
 # -ffp-contract=off: a multiply and an add stay two roundings unless the source says FMA. No fast-math of any kind.
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
+_AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx2", "fma"}
 INSTRUCTION_SETS = {  # name -> (compiler flags, what /proc/cpuinfo must list), fastest first
-    "avx512": (("-march=x86-64-v4",), {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx2", "fma"}),
+    "avx512bf16": (("-march=x86-64-v4", "-mavx512bf16"), {*_AVX512, "avx512_bf16"}),
+    "avx512": (("-march=x86-64-v4",), _AVX512),
     "avx2": (("-march=x86-64-v3",), {"avx2", "fma", "bmi2", "f16c"}),
     "generic": ((), set()),
 }

@@ -17,12 +17,16 @@ from kernels.attention import MAX_HEAD_DIM, PackedPlan, kv_store, packed_attenti
 from kernels.library import instruction_set
 from kernels.linear import PANEL, embedding, linear, pack_rows, packed_shape
 from kernels.logprobs import sample, token_logprobs, vocab_stats
+from kernels.profiles import Profile, get_profile
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rotary import MAX_POSITIONS, rotary, rotary_table
 
 CONTRACT_VERSION = 1  # of docs/numerics.md; a change that moves a bit raises it
-KV_DTYPES = {"float32": "float32"}  # profile -> in what keys and values are kept
-SELF_TEST_DIGESTS = {"float32": "74307171a630a603b825ab98579d1018"}
+SELF_TEST_DIGESTS = {  # by profile; the same on every processor and in every build of the kernels
+    "float32": "74307171a630a603b825ab98579d1018",
+    "bfloat16": "",
+    "bfloat16-dot": "",
+}
 
 
 @functools.cache
@@ -35,35 +39,35 @@ def fingerprint(profile: str = "float32") -> str:
         ValueError: the profile is not known.
         RuntimeError: this machine does not compute what the profile says (see `self_test`).
     """
-    if profile not in SELF_TEST_DIGESTS:
-        raise ValueError(f"profile={profile!r} must be one of: {', '.join(SELF_TEST_DIGESTS)}")
+    rounding = get_profile(profile)
     constants = (
         PANEL, reference.K_BLOCK, reference.MAX_SEGMENTS, reference.KEY_CHUNK, reference.VOCAB_BLOCK, MAX_HEAD_DIM,
         MAX_POSITIONS,
     )  # fmt: skip
-    facts = ("lockstep", CONTRACT_VERSION, profile, KV_DTYPES[profile], constants, _checked_digest(profile))
+    kv_dtype = str(rounding.kv_dtype).removeprefix("torch.")
+    facts = ("lockstep", CONTRACT_VERSION, profile, kv_dtype, constants, _checked_digest(profile))
     return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
 
-def self_test() -> None:
+def self_test(profile: str = "float32") -> None:
     """Runs every kernel on fixed inputs, in a few milliseconds, and compares all output bits with the recorded digest.
 
     Raises RuntimeError when they differ: on this machine the compiler or the processor breaks the contract.
     """
-    _checked_digest("float32")
+    _checked_digest(profile)
 
 
-def self_test_digest() -> str:
-    """Hex digest of what the float32 kernels compute from fixed inputs, under the threads and build in force."""
+def self_test_digest(profile: str = "float32") -> str:
+    """Hex digest of what the kernels of a profile compute from fixed inputs, under the threads and build in force."""
     digest = hashlib.blake2b(digest_size=16)
     with torch.no_grad():
-        for output in _outputs():
+        for output in _outputs(get_profile(profile)):
             digest.update(output.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
 def _checked_digest(profile: str) -> str:
-    expected, got = SELF_TEST_DIGESTS[profile], self_test_digest()
+    expected, got = SELF_TEST_DIGESTS[profile], self_test_digest(profile)
     if got != expected:
         raise RuntimeError(
             f"the kernels of profile {profile} do not give the recorded bits on {platform.node()} "
@@ -73,13 +77,17 @@ def _checked_digest(profile: str) -> str:
     return got
 
 
-def _outputs() -> Iterator[torch.Tensor]:
+def _outputs(profile: Profile) -> Iterator[torch.Tensor]:
     """What each kernel makes of its inputs: ragged widths, several trees, two chunks of keys, every way to sample."""
     for width, num_outputs in ((72, 70), (576, 65), (2048, 16)):
-        x, weight = _numbers(7, width, seed=1), _numbers(num_outputs, width, seed=2)
-        yield linear(x, _packed(weight), num_outputs, _numbers(num_outputs, seed=3))
+        x, weight, bias = (
+            _numbers(7, width, seed=1),
+            _numbers(num_outputs, width, seed=2),
+            _numbers(num_outputs, seed=3),
+        )
+        yield linear(x, _packed(weight, profile), num_outputs, bias, is_dot=profile.is_dot)
     x, delta, weight = _numbers(60, 77, seed=4), _numbers(60, 77, seed=5), _numbers(77, seed=6)
-    yield embedding(torch.tensor([3, 64, 0]), _packed(_numbers(66, 20, seed=7)))
+    yield embedding(torch.tensor([3, 64, 0]), _packed(_numbers(66, 20, seed=7), profile))
     yield rms_norm(x, weight, 1e-5)
     yield from add_rms_norm(x, delta, weight, 1e-6)
     yield silu_and_mul(_numbers(5, 2 * 77, seed=8, low=-3, high=7))
@@ -87,7 +95,7 @@ def _outputs() -> Iterator[torch.Tensor]:
     yield table
     yield rotary(_numbers(5, 3, 32, seed=9), torch.tensor([0, 1, 77, 256, 299]), table)
     yield from _attention_outputs()
-    yield from _logprob_outputs()
+    yield from _logprob_outputs(profile)
 
 
 def _attention_outputs() -> Iterator[torch.Tensor]:
@@ -105,17 +113,16 @@ def _attention_outputs() -> Iterator[torch.Tensor]:
     yield packed_attention(q, k[:24], v[:24], plan, scale)
 
 
-def _logprob_outputs() -> Iterator[torch.Tensor]:
+def _logprob_outputs(profile: Profile) -> Iterator[torch.Tensor]:
     hidden, weight = _numbers(5, 72, seed=13, low=-3, high=2), _numbers(200, 72, seed=14, low=-4, high=0)
-    packed, temperature = _packed(weight), torch.tensor([1.0, 0.7, 2.0, 1.0, 30.0], dtype=torch.float32)
-    yield from vocab_stats(hidden, packed, 200, temperature)
+    temperature, is_dot = torch.tensor([1.0, 0.7, 2.0, 1.0, 30.0], dtype=torch.float32), profile.is_dot
+    head = hidden, _packed(weight, profile), 200
+    yield from vocab_stats(*head, temperature, is_dot)
     number = torch.arange(40)
     is_greedy = (number % 5 == 3).to(torch.uint8)
-    rows, indices = number % 5, number // 20
-    token_ids, logprobs = sample(hidden, packed, 200, temperature, rows, number << 40, number * 3, indices, is_greedy)
-    yield token_ids
-    yield logprobs
-    yield token_logprobs(hidden, packed, 200, torch.tensor([0, 63, 64, 199, 128]), temperature)
+    draws = number % 5, number << 40, number * 3, number // 20, is_greedy
+    yield from sample(*head, temperature, *draws, is_dot)
+    yield token_logprobs(*head, torch.tensor([0, 63, 64, 199, 128]), temperature, is_dot=is_dot)
 
 
 def _numbers(*shape: int, seed: int, low: int = -5, high: int = 5) -> torch.Tensor:
@@ -130,7 +137,8 @@ def _numbers(*shape: int, seed: int, low: int = -5, high: int = 5) -> torch.Tens
     return torch.from_numpy(words.astype(np.uint32).view(np.float32).reshape(shape))
 
 
-def _packed(weight: torch.Tensor) -> torch.Tensor:
-    packed = weight.new_zeros(packed_shape(*weight.shape))
+def _packed(weight: torch.Tensor, profile: Profile) -> torch.Tensor:
+    dtype = profile.weight_dtype
+    packed = torch.zeros(packed_shape(*weight.shape, dtype), dtype=dtype)
     pack_rows(packed, weight)
     return packed

@@ -9,10 +9,13 @@ from kernels.build import best_instruction_set, library_path
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
-    "ls_linear": (None, [_P, _I, _P, _P, _P, _I, _I, _I, _I]),
-    "ls_pack_rows": (None, [_P, _P, _I, _I, _I]),
-    "ls_unpack_rows": (None, [_P, _P, _I, _I, _I]),
-    "ls_embedding": (None, [_P, _P, _P, _I, _I]),
+    "ls_linear": (None, [_P, _I, _P, _I, _P, _I, _P, _I, _I, _I, _I]),
+    "ls_pack_rows": (None, [_P, _I, _P, _I, _I, _I]),
+    "ls_unpack_rows": (None, [_P, _I, _P, _I, _I, _I]),
+    "ls_embedding": (None, [_P, _I, _P, _P, _I, _I]),
+    "ls_round_rows": (None, [_P, _I, _P, _I, _I, _I]),
+    "ls_round_transposed": (None, [_P, _I, _P, _I, _I, _I]),
+    "ls_pack_columns": (None, [_P, _I, _P, _I, _I]),
     "ls_rms_norm": (None, [_P, _I, _P, _P, _P, _P, _I, _P, _I, _I, _F]),
     "ls_rotary_table": (None, [_P, _P, _I, _I]),
     "ls_rotary": (None, [_P, _I, _P, _P, _P, _I, _I, _I, _F]),
@@ -25,8 +28,9 @@ _SIGNATURES = {
     ),
     "ls_kv_store": (None, [_P, _I, _P, _I, _P, _P, _P, _P, _I, _I, _I, _I]),
     "ls_copy_blocks": (None, [_P, _P, _I, _I, _I]),
-    "ls_vocab_stats": (None, [_P, _P, _P, _P, _P, _I, _I, _I]),
-    "ls_draw": (None, [_P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _I, _I, _I]),
+    "ls_vocab_stats": (None, [_P, _P, _I, _P, _P, _P, _I, _I, _I]),
+    "ls_draw": (None, [_P, _P, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _I, _I, _I]),
+    "ls_logit_gradient": (None, [_P, _P, _I, _P, _P, _P, _P, _P, _P, _P, _I, _P, _I, _I, _I, _I]),
     "ls_digest_pieces": (_I, [_I]),
     "ls_digest": (None, [_P, _P, _P, _I]),
     "ls_set_num_threads": (ctypes.c_int, [ctypes.c_int]),
@@ -45,7 +49,7 @@ def library() -> ctypes.CDLL:
 
 
 def instruction_set() -> str:
-    """Which build of the kernels this process runs: "avx512", "avx2" or "generic"."""
+    """Which build of the kernels this process runs: "avx512bf16", "avx512", "avx2" or "generic"."""
     return best_instruction_set()
 
 

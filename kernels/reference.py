@@ -1,7 +1,8 @@
-"""What every kernel of profile `float32` computes, in slow and plain arithmetic: the CPU kernels equal it bit for bit.
+"""What every kernel of the CPU profiles computes, in slow and plain arithmetic: the C kernels equal it bit for bit.
 
 This is docs/numerics.md in code. Numpy only spreads a chain of operations over many independent elements; nothing here
-sums over an axis by itself. Names and arguments are those of the fast kernels, except that weights are not packed.
+sums over an axis by itself. Names and arguments are those of the fast kernels, except that weights are not packed: a
+weight is a float32 or a bfloat16 tensor [N, K].
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ KEY_CHUNK = 256  # attention: keys between two merges, counted from position 0
 VOCAB_BLOCK = 64  # log-sum-exp: entries under one maximum
 DIGEST_PIECE, DIGEST_PRIME = 1 << 18, 0x9E3779B97F4A7C15
 
+SMALLEST_NORMAL = np.float32(2.0**-126)
 EXP_LOWEST = np.float32(-87.33)
 EXP_HIGHEST = np.float32(89.0)
 LOG2_E = np.float32(1.44269504088896341)
@@ -55,6 +57,16 @@ def fma(a: Array, b: Array, c: Array) -> Array:
         away_from_zero = (error > 0) == (total > 0)
         odd = np.where(is_off, np.where(away_from_zero, bits + 1, bits - 1), bits)
         return odd.view(np.float64).astype(np.float32)
+
+
+def flushed_fma(a: Array, b: Array, c: Array) -> Array:
+    """As the bfloat16 dot product does it: subnormal operands are zeros; so is a result below 2^-126 in magnitude, its
+    rounding not yet limited by the range of exponents. Signs stay."""
+    a, b, c = (np.where(np.abs(x) < SMALLEST_NORMAL, np.copysign(np.float32(0), x), x) for x in (a, b, c))
+    unbounded = fma(np.float64(a) * 2.0**50, b, np.float64(c) * 2.0**50)
+    return np.where(
+        np.abs(unbounded) < SMALLEST_NORMAL * np.float32(2.0**50), np.copysign(np.float32(0), unbounded), fma(a, b, c)
+    )
 
 
 def sum16(lanes: Array) -> Array:
@@ -132,34 +144,45 @@ def num_segments(width: int) -> int:
     return next((s for s in (8, 4, 2) if width % (K_BLOCK * s) == 0), 1)
 
 
-def linear(x_TK: torch.Tensor, weight_NK: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """y[T, N] = x[T, K] @ weight[N, K].T + bias[N]."""
-    y = _product(x_TK.numpy(), weight_NK.numpy())
+def linear(
+    x_TK: torch.Tensor, weight_NK: torch.Tensor, bias: torch.Tensor | None = None, is_dot: bool = False
+) -> torch.Tensor:
+    """y[T, N] = x[T, K] @ weight[N, K].T + bias[N]; is_dot: x rounded to bfloat16 and dot-product steps over pairs of k."""
+    y = _product(x_TK, weight_NK, is_dot)
     return torch.from_numpy(y if bias is None else y + bias.numpy())
 
 
-def _product(x: Array, weight: Array) -> Array:
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """x rounded to the nearest bfloat16, ties to even, as float32."""
+    bits = x.numpy().view(np.uint32).astype(np.uint64)
+    up = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return torch.where(x.isnan(), x, torch.from_numpy(up.astype(np.uint32).view(np.float32)))
+
+
+def _product(x_TK: torch.Tensor, weight_NK: torch.Tensor, is_dot: bool) -> Array:
+    x, weight = (rounded(x_TK) if is_dot else x_TK).numpy(), weight_NK.float().numpy()
     width = x.shape[1]
     length = width // num_segments(width)
-    sums = [_segment(x[:, at : at + length], weight[:, at : at + length]) for at in range(0, width, length)]
+    sums = [_segment(x[:, at : at + length], weight[:, at : at + length], is_dot) for at in range(0, width, length)]
     while len(sums) > 1:
         sums = [left + right for left, right in zip(sums[::2], sums[1::2])]
     return sums[0]
 
 
-def _segment(x: Array, weight: Array) -> Array:
+def _segment(x: Array, weight: Array, is_dot: bool) -> Array:
     total = None
     for begin in range(0, x.shape[1], K_BLOCK):
         block = np.zeros((x.shape[0], weight.shape[0]), np.float32)
-        for k in range(begin, min(begin + K_BLOCK, x.shape[1])):
-            block = fma(x[:, k, None], weight[:, k], block)
+        places = range(begin, min(begin + K_BLOCK, x.shape[1]))
+        for k in (k ^ 1 for k in places) if is_dot else places:  # of a pair, the dot product takes the odd one first
+            block = (flushed_fma if is_dot else fma)(x[:, k, None], weight[:, k], block)
         total = block if total is None else total + block
     return total
 
 
 def embedding(ids_T: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
     """x[T, K] = weight[ids]."""
-    return weight_NK[ids_T]
+    return weight_NK[ids_T].float()
 
 
 # Row-wise operations
@@ -307,10 +330,10 @@ def _attend_chunk(
 
 
 def vocab_stats(
-    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, temperature_T: torch.Tensor
+    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, temperature_T: torch.Tensor, is_dot: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(block_max, block_sum), each [T, ceil(V / 64)]: maximum and sum of exponentials of each vocabulary block."""
-    z_TB64 = _blocks(_logits(hidden_TD, weight_VD, temperature_T))
+    z_TB64 = _blocks(_logits(hidden_TD, weight_VD, temperature_T, is_dot))
     block_max = z_TB64.max(axis=2)
     with np.errstate(over="ignore"):
         e = exp(z_TB64 - block_max[:, :, None])
@@ -319,11 +342,15 @@ def vocab_stats(
 
 
 def token_logprobs(
-    hidden_CD: torch.Tensor, weight_VD: torch.Tensor, target_ids: torch.Tensor, temperature: torch.Tensor
+    hidden_CD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    target_ids: torch.Tensor,
+    temperature: torch.Tensor,
+    is_dot: bool = False,
 ) -> torch.Tensor:
     """logprobs[C] of target_ids under softmax(hidden @ weight.T / temperature)."""
-    z_CV = _logits(hidden_CD, weight_VD, temperature)
-    block_max, block_sum = vocab_stats(hidden_CD, weight_VD, temperature)
+    z_CV = _logits(hidden_CD, weight_VD, temperature, is_dot)
+    block_max, block_sum = vocab_stats(hidden_CD, weight_VD, temperature, is_dot)
     logprobs = []
     for z, maxima, sums, token in zip(z_CV, block_max.numpy(), block_sum.numpy(), target_ids.tolist()):
         top, masses = _masses(maxima, sums)
@@ -340,10 +367,11 @@ def sample(
     positions: torch.Tensor,
     indices: torch.Tensor,
     is_greedy: torch.Tensor,
+    is_dot: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(token_ids [n], logprobs [n]) of one draw for each entry of `rows`."""
-    z_TV = _logits(hidden_TD, weight_VD, temperature_T)
-    block_max, block_sum = vocab_stats(hidden_TD, weight_VD, temperature_T)
+    z_TV = _logits(hidden_TD, weight_VD, temperature_T, is_dot)
+    block_max, block_sum = vocab_stats(hidden_TD, weight_VD, temperature_T, is_dot)
     tokens = []
     for row, seed, position, index, greedy in zip(*(x.tolist() for x in (rows, seeds, positions, indices, is_greedy))):
         if greedy:
@@ -352,7 +380,7 @@ def sample(
             u = uniform(seed, position, index)
             tokens.append(_drawn_token(z_TV[row], block_max[row].numpy(), block_sum[row].numpy(), u))
     token_ids = torch.tensor(tokens, dtype=torch.int64)
-    return token_ids, token_logprobs(hidden_TD[rows], weight_VD, token_ids, temperature_T[rows])
+    return token_ids, token_logprobs(hidden_TD[rows], weight_VD, token_ids, temperature_T[rows], is_dot)
 
 
 def philox(counter: tuple[int, int, int, int], key: int) -> tuple[int, int, int, int]:
@@ -373,8 +401,8 @@ def uniform(seed: int, position: int, index: int) -> float:
     return ((c0 << 32 | c1) >> 11) * 2.0**-53
 
 
-def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: torch.Tensor) -> Array:
-    return _product(hidden.numpy(), weight.numpy()) / temperature.numpy()[:, None]
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: torch.Tensor, is_dot: bool) -> Array:
+    return _product(hidden, weight, is_dot) / temperature.numpy()[:, None]
 
 
 def _blocks(z_TV: Array) -> Array:

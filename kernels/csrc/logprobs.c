@@ -9,10 +9,17 @@
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 typedef struct {
-    const float *x, *packed, *temperature;
+    const void *x;
+    ls_weight head;
+    const float *temperature;
     float *block_max, *block_sum;
-    int64_t T, V, D, segments, num_blocks, chunk_rows, num_chunks;
+    int64_t T, V, num_blocks, chunk_rows, num_chunks;
 } stats_job;
+
+/* The logits of `rows` rows from `row` on in one block. */
+static void panel_logits(const void *x, const ls_weight *head, int64_t row, int rows, int64_t block, float *z) {
+    ls_panel_product(rows, ls_row(x, head->K, row, head->arithmetic), head->K, head, block, z);
+}
 
 /* Exponentials e[64] of one vocabulary block; the block's maximum and its sum T16((e0 + e1) + (e2 + e3)). */
 static void reduce_block(float *z, int width, float temperature, float *highest, float *sum) {
@@ -38,7 +45,7 @@ static void stats_tile(void *argument, int64_t tile) {
     float z[LS_TILE_ROWS * LS_PANEL];
     for (int64_t row = begin; row < end; row += LS_TILE_ROWS) {
         int rows = (int)smaller(LS_TILE_ROWS, end - row);
-        ls_panel_product(rows, j->x + row * j->D, j->D, j->packed + block * j->D * LS_PANEL, j->D, j->segments, z);
+        panel_logits(j->x, &j->head, row, rows, block, z);
         for (int r = 0; r < rows; r++) {
             int64_t place = (row + r) * j->num_blocks + block;
             reduce_block(z + r * LS_PANEL, width, j->temperature[row + r], &j->block_max[place], &j->block_sum[place]);
@@ -46,13 +53,14 @@ static void stats_tile(void *argument, int64_t tile) {
     }
 }
 
-/* block_max, block_sum [T, ceil(V / 64)] of the logits x[T, D] @ weight[V, D].T divided by temperature[T]. */
-void ls_vocab_stats(const float *x, const float *packed, const float *temperature, float *block_max, float *block_sum,
-                    int64_t T, int64_t V, int64_t D) {
+/* block_max, block_sum [T, ceil(V / 64)] of the logits x[T, D] @ weight[V, D].T divided by temperature[T]. x is bfloat16
+ * where the arithmetic is the dot product's. */
+void ls_vocab_stats(const void *x, const void *packed, int64_t arithmetic, const float *temperature, float *block_max,
+                    float *block_sum, int64_t T, int64_t V, int64_t D) {
     int64_t num_blocks = (V + LS_PANEL - 1) / LS_PANEL, chunk = smaller(96, (T + 5) / 6 * 6);
     if (T <= 0) return;
-    stats_job job = {x, packed, temperature, block_max, block_sum, T, V, D, ls_num_segments(D), num_blocks, chunk,
-                     (T + chunk - 1) / chunk};
+    stats_job job = {x, ls_make_weight(packed, D, arithmetic), temperature, block_max, block_sum, T, V, num_blocks,
+                     chunk, (T + chunk - 1) / chunk};
     ls_parallel(stats_tile, &job, num_blocks * job.num_chunks);
 }
 
@@ -70,20 +78,22 @@ static double philox_uniform(uint64_t key, uint32_t position, uint32_t index) {
 }
 
 typedef struct {
-    const float *x, *packed, *temperature, *block_max, *block_sum;
+    const void *x;
+    ls_weight head;
+    const float *temperature, *block_max, *block_sum;
     const int64_t *rows, *positions, *indices;
     const uint64_t *seeds;
     const uint8_t *is_greedy;
     int64_t *tokens;
     float *logprobs, *row_max;
     double *row_sum;
-    int64_t num_draws, V, D, num_blocks;
+    int64_t num_draws, V, num_blocks;
 } draw_job;
 
 /* Logits over temperature of one block for one row, as ls_vocab_stats saw them. */
 static void block_logits(const draw_job *j, int64_t row, int64_t block, float *z, float *highest) {
     float sum;
-    ls_panel_product(1, j->x + row * j->D, j->D, j->packed + block * j->D * LS_PANEL, j->D, ls_num_segments(j->D), z);
+    panel_logits(j->x, &j->head, row, 1, block, z);
     reduce_block(z, (int)smaller(LS_PANEL, j->V - block * LS_PANEL), j->temperature[row], highest, &sum);
 }
 
@@ -156,11 +166,58 @@ static void draw_tile(void *argument, int64_t draw) {
 /* logprobs[n] of given tokens[n] (seeds null) or of tokens drawn here, for rows[n] of x (draw i takes row i where rows is
  * null) whose statistics ls_vocab_stats has left in block_max and block_sum. A draw is keyed by seed, position and index
  * alone. row_max, row_sum [n] (or null) receive M and C for the backward pass. */
-void ls_draw(const float *x, const float *packed, const float *temperature, const float *block_max,
+void ls_draw(const void *x, const void *packed, int64_t arithmetic, const float *temperature, const float *block_max,
              const float *block_sum, const int64_t *rows, const uint64_t *seeds, const int64_t *positions,
              const int64_t *indices, const uint8_t *is_greedy, int64_t *tokens, float *logprobs, float *row_max,
              double *row_sum, int64_t num_draws, int64_t V, int64_t D) {
-    draw_job job = {x, packed, temperature, block_max, block_sum, rows, positions, indices, seeds, is_greedy, tokens,
-                    logprobs, row_max, row_sum, num_draws, V, D, (V + LS_PANEL - 1) / LS_PANEL};
+    draw_job job = {x, ls_make_weight(packed, D, arithmetic), temperature, block_max, block_sum, rows, positions, indices,
+                    seeds, is_greedy, tokens, logprobs, row_max, row_sum, num_draws, V, (V + LS_PANEL - 1) / LS_PANEL};
     ls_parallel(draw_tile, &job, num_draws);
+}
+
+typedef struct {
+    const void *x;
+    ls_weight head;
+    const float *temperature, *slope, *row_max, *weight;
+    const int64_t *targets;
+    float *dz;
+    uint16_t *dz_rows, *dz_columns;
+    int64_t T, V, ld_rows, ld_columns;
+} gradient_job;
+
+/* The gradient with respect to one row's logits in one block: slope (onehot - softmax), the logits being z * T. */
+static void gradient_row(const gradient_job *j, int64_t row, int64_t block, float *z) {
+    v16 t = v16_set1(j->temperature[row]), top = v16_set1(j->row_max[row]), weight = v16_set1(j->weight[row]);
+    for (int i = 0; i < LS_PANEL; i += 16)
+        v16_store(z + i, v16_mul(v16_exp(v16_sub(v16_div(v16_load(z + i), t), top)), weight));
+    if (j->targets[row] / LS_PANEL == block) z[j->targets[row] % LS_PANEL] += j->slope[row];
+}
+
+static void gradient_tile(void *argument, int64_t block) {
+    const gradient_job *j = argument;
+    int64_t first = block * LS_PANEL;
+    int width = (int)smaller(LS_PANEL, j->V - first);
+    float z[LS_TILE_ROWS * LS_PANEL];
+    for (int64_t row = 0; row < j->T; row += LS_TILE_ROWS) {
+        int rows = (int)smaller(LS_TILE_ROWS, j->T - row);
+        panel_logits(j->x, &j->head, row, rows, block, z);
+        for (int r = 0; r < rows; r++) {
+            float *dz = z + r * LS_PANEL;
+            gradient_row(j, row + r, block, dz);
+            if (j->dz) memcpy(j->dz + (row + r) * j->V + first, dz, (size_t)width * sizeof(float));
+            if (!j->dz_rows) continue;
+            for (int i = 0; i < width; i++) j->dz_rows[(row + r) * j->ld_rows + first + i] = bf16_from_float(dz[i]);
+            for (int i = 0; i < width; i++) j->dz_columns[(first + i) * j->ld_columns + row + r] = bf16_from_float(dz[i]);
+        }
+    }
+}
+
+/* dz[T, V] = slope (onehot(target) - exp(z - row_max) / row_sum) with z = x @ weight.T / temperature and weight[T] =
+ * -slope / row_sum: float32 in dz, or (dz null) bfloat16 in dz_rows[T, ld_rows] and, transposed, dz_columns[V, ld_columns]. */
+void ls_logit_gradient(const void *x, const void *packed, int64_t arithmetic, const float *temperature, const float *slope,
+                       const float *row_max, const float *weight, const int64_t *targets, float *dz, uint16_t *dz_rows,
+                       int64_t ld_rows, uint16_t *dz_columns, int64_t ld_columns, int64_t T, int64_t V, int64_t D) {
+    gradient_job job = {x, ls_make_weight(packed, D, arithmetic), temperature, slope, row_max, weight, targets, dz, dz_rows,
+                        dz_columns, T, V, ld_rows, ld_columns};
+    ls_parallel(gradient_tile, &job, (V + LS_PANEL - 1) / LS_PANEL);
 }

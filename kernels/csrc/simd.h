@@ -10,9 +10,18 @@
 #if defined(__AVX512F__)
 
 #include <immintrin.h>
+#if defined(__AVX512BF16__)
+#define LS_ISA "avx512bf16"
+#else
 #define LS_ISA "avx512"
+#endif
 #define LS_TILE_VECTORS 4 /* vectors of a 64-wide panel that one register tile covers */
 typedef __m512 v16;
+typedef __m512i w16; /* sixteen 32-bit words, each a pair of bfloat16: even element low, odd element high */
+static inline w16 w16_load(const void *p) { return _mm512_loadu_si512(p); }
+static inline w16 w16_set1(uint32_t a) { return _mm512_set1_epi32((int)a); }
+static inline v16 v16_even(w16 a) { return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)); }
+static inline v16 v16_odd(w16 a) { return _mm512_castsi512_ps(_mm512_and_si512(a, _mm512_set1_epi32((int)0xffff0000u))); }
 static inline v16 v16_load(const float *p) { return _mm512_loadu_ps(p); }
 static inline void v16_store(float *p, v16 a) { _mm512_storeu_ps(p, a); }
 static inline v16 v16_set1(float a) { return _mm512_set1_ps(a); }
@@ -35,12 +44,30 @@ static inline v16 v16_keep(v16 a, int first, int last, float fill) {
     return _mm512_mask_mov_ps(_mm512_set1_ps(fill), m, a);
 }
 
+/* a signed zero where |judge| < limit, a elsewhere. */
+static inline v16 v16_flush_small(v16 a, v16 judge, float limit) {
+    __mmask16 is_small = _mm512_cmp_ps_mask(_mm512_abs_ps(judge), _mm512_set1_ps(limit), _CMP_LT_OQ);
+    return _mm512_mask_and_ps(a, is_small, a, _mm512_set1_ps(-0.0f));
+}
+
 #elif defined(__AVX2__) && defined(__FMA__)
 
 #include <immintrin.h>
 #define LS_ISA "avx2"
 #define LS_TILE_VECTORS 1
 typedef struct { __m256 lo, hi; } v16;
+typedef struct { __m256i lo, hi; } w16;
+static inline w16 w16_load(const void *p) {
+    return (w16){_mm256_loadu_si256(p), _mm256_loadu_si256((const __m256i *)p + 1)};
+}
+static inline w16 w16_set1(uint32_t a) { __m256i x = _mm256_set1_epi32((int)a); return (w16){x, x}; }
+static inline v16 v16_even(w16 a) {
+    return (v16){_mm256_castsi256_ps(_mm256_slli_epi32(a.lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(a.hi, 16))};
+}
+static inline v16 v16_odd(w16 a) {
+    __m256i high = _mm256_set1_epi32((int)0xffff0000u);
+    return (v16){_mm256_castsi256_ps(_mm256_and_si256(a.lo, high)), _mm256_castsi256_ps(_mm256_and_si256(a.hi, high))};
+}
 #define LS_PAIR(op) ((v16){op(a.lo, b.lo), op(a.hi, b.hi)})
 static inline v16 v16_load(const float *p) { return (v16){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 static inline void v16_store(float *p, v16 a) { _mm256_storeu_ps(p, a.lo); _mm256_storeu_ps(p + 8, a.hi); }
@@ -74,12 +101,35 @@ static inline v16 v16_keep(v16 a, int first, int last, float fill) {
         if (i < first || i >= last) f[i] = fill;
     return v16_load(f);
 }
+static inline __m256 ls_flush_small(__m256 a, __m256 judge, float limit) {
+    __m256 sign = _mm256_set1_ps(-0.0f);
+    __m256 is_small = _mm256_cmp_ps(_mm256_andnot_ps(sign, judge), _mm256_set1_ps(limit), _CMP_LT_OQ);
+    return _mm256_andnot_ps(_mm256_andnot_ps(sign, is_small), a);
+}
+static inline v16 v16_flush_small(v16 a, v16 judge, float limit) {
+    return (v16){ls_flush_small(a.lo, judge.lo, limit), ls_flush_small(a.hi, judge.hi, limit)};
+}
 
 #else
 
 #define LS_ISA "generic"
 #define LS_TILE_VECTORS 1
 typedef struct { float f[16]; } v16;
+typedef struct { uint32_t u[16]; } w16;
+static inline w16 w16_load(const void *p) { w16 r; memcpy(r.u, p, sizeof r.u); return r; }
+static inline w16 w16_set1(uint32_t a) { w16 r; for (int i = 0; i < 16; i++) r.u[i] = a; return r; }
+static inline v16 v16_even(w16 a) {
+    for (int i = 0; i < 16; i++) a.u[i] = a.u[i] << 16;
+    v16 r;
+    memcpy(r.f, a.u, sizeof r.f);
+    return r;
+}
+static inline v16 v16_odd(w16 a) {
+    for (int i = 0; i < 16; i++) a.u[i] = a.u[i] & 0xffff0000u;
+    v16 r;
+    memcpy(r.f, a.u, sizeof r.f);
+    return r;
+}
 #define LS_EACH(expression) \
     v16 r;                  \
     for (int i = 0; i < 16; i++) r.f[i] = (expression); \
@@ -110,6 +160,9 @@ static inline v16 v16_scale2(v16 a, v16 n) {
 }
 static inline v16 v16_zero_below(v16 a, v16 x, float limit) { LS_EACH(x.f[i] < limit ? 0.0f : a.f[i]); }
 static inline v16 v16_keep(v16 a, int first, int last, float fill) { LS_EACH(i >= first && i < last ? a.f[i] : fill); }
+static inline v16 v16_flush_small(v16 a, v16 judge, float limit) {
+    LS_EACH(__builtin_fabsf(judge.f[i]) < limit ? __builtin_copysignf(0.0f, a.f[i]) : a.f[i]);
+}
 
 #endif
 
@@ -144,3 +197,20 @@ static inline void v16_store_first(float *p, v16 a, int n) {
     v16_store(f, a);
     memcpy(p, f, (size_t)n * sizeof(float));
 }
+
+/* One step of the bfloat16 dot product (x86's VDPBF16PS): acc + odd x * odd w, rounded, then + even x * even w, rounded.
+ * Subnormal operands count as zero and a result is zero if, rounded with an unbounded exponent, it is below 2^-126. */
+#if defined(__AVX512BF16__)
+static inline v16 v16_dot(w16 x, w16 w, v16 acc) { return _mm512_dpbf16_ps(acc, (__m512bh)x, (__m512bh)w); }
+#else
+static inline v16 v16_flushed_fma(v16 a, v16 b, v16 c) {
+    const float smallest = 0x1p-126f, up = 0x1p50f; /* scaled up, the same rounding has no subnormals in its way */
+    v16 scale = v16_set1(up);
+    a = v16_flush_small(a, a, smallest), b = v16_flush_small(b, b, smallest);
+    v16 unbounded = v16_fma(v16_mul(a, scale), b, v16_mul(c, scale));
+    return v16_flush_small(v16_fma(a, b, c), unbounded, smallest * up);
+}
+static inline v16 v16_dot(w16 x, w16 w, v16 acc) {
+    return v16_flushed_fma(v16_even(x), v16_even(w), v16_flushed_fma(v16_odd(x), v16_odd(w), acc));
+}
+#endif

@@ -46,9 +46,9 @@ def assert_rows_do_not_depend_on_their_number(
 
 
 def pack(weight: torch.Tensor, tail: float = float("nan")) -> torch.Tensor:
-    """Packed storage of a weight [N, K]; the columns beyond N hold `tail`."""
-    packed = torch.full(packed_shape(*weight.shape), tail)
-    pack_rows(packed, weight)
+    """Packed storage of a weight [N, K], of its type; the columns beyond N hold `tail`."""
+    packed = torch.full(packed_shape(*weight.shape, weight.dtype), tail, dtype=weight.dtype)
+    pack_rows(packed, weight.float())
     return packed
 
 

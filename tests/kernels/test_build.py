@@ -113,7 +113,7 @@ def test_a_machine_without_a_compiler_is_told_what_to_do(cache, monkeypatch):
 
 def test_the_instruction_set_is_checked(monkeypatch):
     monkeypatch.setenv("LOCKSTEP_ISA", "sse9")
-    with pytest.raises(ValueError, match="LOCKSTEP_ISA='sse9' must be one of avx512, avx2, generic"):
+    with pytest.raises(ValueError, match="LOCKSTEP_ISA='sse9' must be one of avx512bf16, avx512, avx2, generic"):
         build.best_instruction_set()
     monkeypatch.setattr(build, "_processor_flags", lambda: {"avx2", "fma", "bmi2", "f16c"})
     monkeypatch.setenv("LOCKSTEP_ISA", "avx512")

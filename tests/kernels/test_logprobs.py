@@ -15,18 +15,22 @@ from kernel_checks import (
 from kernels import reference
 from kernels.library import set_num_threads
 from kernels.logprobs import sample, token_logprobs, vocab_stats
+from kernels.profiles import PROFILES
 
 WIDTH, VOCAB = 72, 64 * 5 + 17
 TEMPERATURES = torch.tensor([1.0, 0.7, 2.0, 1e-5, 30.0])
 
 
-def make_head(num_rows: int, *, seed: int, vocab_size: int = VOCAB, size: float = 0.05):
-    """(hidden [T, D], weight [V, D], temperature [T]) with logits of a few units."""
+every_profile = pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES.keys())
+
+
+def make_head(num_rows: int, *, seed: int, vocab_size: int = VOCAB, size: float = 0.05, dtype=torch.float32):
+    """(hidden [T, D], weight [V, D] of a type, temperature [T]) with logits of a few units."""
     hidden, weight = (
         spread(num_rows, WIDTH, seed=seed, low=-2, high=2),
         spread(vocab_size, WIDTH, seed=seed + 1, low=-2, high=2),
     )
-    return hidden, weight * size, TEMPERATURES[torch.arange(num_rows) % len(TEMPERATURES)].clone()
+    return hidden, (weight * size).to(dtype), TEMPERATURES[torch.arange(num_rows) % len(TEMPERATURES)].clone()
 
 
 def make_draws(num_draws: int, num_rows: int, *, seed: int):
@@ -40,25 +44,29 @@ def make_draws(num_draws: int, num_rows: int, *, seed: int):
     return rows, seeds, positions, indices, is_greedy
 
 
+@every_profile
 @pytest.mark.parametrize("vocab_size", [1, 16, 40, 64, 65, VOCAB, 512])
-def test_block_statistics_equal_the_reference(vocab_size):
-    hidden, weight, temperature = make_head(13, seed=1, vocab_size=vocab_size)
-    expected = reference.vocab_stats(hidden, weight, temperature)
-    for actual, wanted in zip(vocab_stats(hidden, pack(weight), vocab_size, temperature), expected):
-        assert_same_bits(actual, wanted)
+def test_block_statistics_equal_the_reference(profile, vocab_size):
+    hidden, weight, temperature = make_head(13, seed=1, vocab_size=vocab_size, dtype=profile.weight_dtype)
+    expected = reference.vocab_stats(hidden, weight, temperature, profile.is_dot)
+    actual = vocab_stats(hidden, pack(weight), vocab_size, temperature, profile.is_dot)
+    for one, wanted in zip(actual, expected):
+        assert_same_bits(one, wanted)
 
 
+@every_profile
 @pytest.mark.parametrize("vocab_size", [1, 40, 64, VOCAB, 4000])
-def test_every_number_of_rows_equals_the_reference(vocab_size):
-    hidden, weight, temperature = make_head(130 if vocab_size < 4000 else 20, seed=3, vocab_size=vocab_size)
+def test_every_number_of_rows_equals_the_reference(profile, vocab_size):
+    num_rows = 130 if vocab_size < 4000 else 20
+    hidden, weight, temperature = make_head(num_rows, seed=3, vocab_size=vocab_size, dtype=profile.weight_dtype)
     targets = torch.randint(0, vocab_size, (len(hidden),), generator=torch.Generator().manual_seed(4))
     packed = pack(weight)
 
     def run(rows):
         n = len(rows)
-        return token_logprobs(rows, packed, vocab_size, targets[:n], temperature[:n])
+        return token_logprobs(rows, packed, vocab_size, targets[:n], temperature[:n], is_dot=profile.is_dot)
 
-    expected = reference.token_logprobs(hidden, weight, targets, temperature)
+    expected = reference.token_logprobs(hidden, weight, targets, temperature, profile.is_dot)
     assert_rows_do_not_depend_on_their_number(run, hidden, expected)
 
 
@@ -70,27 +78,28 @@ def test_another_order_of_summation_shows_in_the_bits():
     assert num_different(block_sum, torch.from_numpy(left_to_right)) > block_sum.numel() // 4
 
 
+@every_profile
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 4])
-def test_draws_equal_the_reference(num_threads):
+def test_draws_equal_the_reference(profile, num_threads):
     set_num_threads(num_threads)
-    hidden, weight, temperature = make_head(23, seed=5)
+    hidden, weight, temperature = make_head(23, seed=5, dtype=profile.weight_dtype)
     draws = make_draws(400, 23, seed=6 + num_threads)
-    tokens, logprobs = sample(hidden, pack(weight), VOCAB, temperature, *draws)
-    expected_tokens, expected_logprobs = reference.sample(hidden, weight, temperature, *draws)
+    tokens, logprobs = sample(hidden, pack(weight), VOCAB, temperature, *draws, profile.is_dot)
+    expected_tokens, expected_logprobs = reference.sample(hidden, weight, temperature, *draws, profile.is_dot)
     assert torch.equal(tokens, expected_tokens)
     assert_same_bits(logprobs, expected_logprobs)
     assert len(tokens.unique()) > 100
 
 
-def test_a_draws_logprob_is_the_trainers():
-    hidden, weight, temperature = make_head(23, seed=8)
-    draws = make_draws(500, 23, seed=9)
-    tokens, logprobs = sample(hidden, pack(weight), VOCAB, temperature, *draws)
-    rows = draws[0]
-    assert_same_bits(logprobs, token_logprobs(hidden[rows], pack(weight), VOCAB, tokens, temperature[rows]))
-    master = weight.clone().requires_grad_()
-    with_gradient = token_logprobs(hidden[rows], pack(weight), VOCAB, tokens, temperature[rows], master)
-    assert_same_bits(logprobs, with_gradient.detach())
+@every_profile
+def test_a_draws_logprob_is_the_trainers(profile):
+    hidden, weight, temperature = make_head(23, seed=8, dtype=profile.weight_dtype)
+    draws, is_dot = make_draws(500, 23, seed=9), profile.is_dot
+    tokens, logprobs = sample(hidden, pack(weight), VOCAB, temperature, *draws, is_dot)
+    given = hidden[draws[0]], pack(weight), VOCAB, tokens, temperature[draws[0]]
+    assert_same_bits(logprobs, token_logprobs(*given, is_dot=is_dot))
+    master = weight.float().requires_grad_()
+    assert_same_bits(logprobs, token_logprobs(*given, master, is_dot).detach())
 
 
 def test_a_draw_does_not_depend_on_its_batch():
@@ -219,9 +228,12 @@ def test_logits_that_are_not_numbers_give_nan_and_a_valid_id(bad):
     assert trainers.isnan().tolist() == [False, True, False]
 
 
+@every_profile
 @pytest.mark.parametrize("num_rows", [9, 300])  # 300: more than one chunk of rows
-def test_gradients_are_those_of_log_softmax(num_rows):
-    hidden, weight, temperature = make_head(num_rows, seed=18)
+def test_gradients_are_those_of_log_softmax(profile, num_rows):
+    hidden, weight, temperature = make_head(num_rows, seed=18, dtype=profile.weight_dtype)
+    if profile.is_dot:
+        hidden = hidden.bfloat16().float()
     temperature = temperature.clamp_min(0.5)
     generator = torch.Generator().manual_seed(19)
     targets, grad = (
@@ -234,11 +246,12 @@ def test_gradients_are_those_of_log_softmax(num_rows):
     runs = []
     for num_threads in (1, 3):
         set_num_threads(num_threads)
-        inputs = [t.clone().requires_grad_() for t in (hidden, weight)]
-        token_logprobs(inputs[0], pack(weight), VOCAB, targets, temperature, inputs[1]).backward(grad)
+        inputs = [t.float().clone().requires_grad_() for t in (hidden, weight)]
+        logprobs = token_logprobs(inputs[0], pack(weight), VOCAB, targets, temperature, inputs[1], profile.is_dot)
+        logprobs.backward(grad)
         runs.append([t.grad for t in inputs])
     for once, again, wanted in zip(*runs, exact):
-        assert_close(once, wanted.grad, 1e-5)
+        assert_close(once, wanted.grad, 3e-3 if profile.is_dot else 1e-5)  # there, gradients of logits are bfloat16
         assert_same_bits(once, again)
 
 
