@@ -1,8 +1,8 @@
 """Linear layers and embeddings over packed weights.
 
 A weight [N, K] is packed as [ceil(N / 64), K, 64] float32 or [ceil(N / 64), K / 2, 64, 2] bfloat16, so that lanes run
-over outputs and the sum over k has one fixed order (docs/numerics.md, "Linear"). Several Hugging Face tensors may be rows
-of one packed weight (q, k and v; gate and up).
+over outputs and the sum over k has one fixed order (docs/numerics.md, "Linear"). Several Hugging Face tensors may be
+rows of one packed weight (q, k and v; gate and up).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def packed_shape(num_rows: int, width: int, dtype: torch.dtype = torch.float32) 
 
 
 def pack_rows(packed: torch.Tensor, rows_NK: torch.Tensor, first_row: int = 0) -> None:
-    """Writes float32 rows [n, K] into rows [first_row, first_row + n) of packed storage, in place, rounded to its type."""
+    """Writes float32 rows [n, K] into rows [first_row, first_row + n) of packed storage, rounded to its type."""
     num_rows, width = rows_NK.shape
     _check_rows(packed, first_row, num_rows, width)
     rows_NK = rows_NK.detach().contiguous()
@@ -63,8 +63,8 @@ def linear(
     """y[T, N] = x[T, K] @ weight[N, K].T + bias[N] from packed storage, float32.
 
     `master`, the same weight as a float32 tensor [N, K], serves the backward pass: gradients flow to it (and to x and
-    bias). The caller keeps `packed` equal to it, rounded where packed is bfloat16. `is_dot` rounds x to bfloat16 too and
-    sums by the bfloat16 dot product.
+    bias). The caller keeps `packed` equal to it, rounded where packed is bfloat16. `is_dot` rounds x to bfloat16 too
+    and sums by the bfloat16 dot product.
     """
     if torch.is_grad_enabled() and (x_TK.requires_grad or (master is not None and master.requires_grad)):
         if master is None:
@@ -115,8 +115,8 @@ def multiply(x: torch.Tensor, packed: torch.Tensor, addend: torch.Tensor | None,
     """y[T, N] = x @ weight.T + addend, in place; addend may be y itself."""
     addend_stride = 0 if addend is None or addend.dim() == 1 else addend.stride(0)
     library().ls_linear(
-        x.data_ptr(), x.stride(0), packed.data_ptr(), arithmetic(x, packed), None if addend is None else addend.data_ptr(),
-        addend_stride, y.data_ptr(), y.stride(0), y.shape[0], y.shape[1], packed_width(packed),
+        x.data_ptr(), x.stride(0), packed.data_ptr(), arithmetic(x, packed),
+        None if addend is None else addend.data_ptr(), addend_stride, y.data_ptr(), y.stride(0), y.shape[0], y.shape[1], packed_width(packed),
     )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def _embedding(ids: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """The backward products need be repeatable, not batch-invariant: torch's in float32, ours where the dot product is."""
+    """The backward products are torch's, or ours where the dot product is: repeatable, not batch-invariant."""
 
     @staticmethod
     def forward(ctx, x, packed, num_outputs, bias, master, is_dot):

@@ -59,8 +59,8 @@ def sample(
     block_max, block_sum = _vocab_stats(hidden, packed, vocab_size, temperature_T)
     token_ids, logprobs = rows.new_empty(rows.shape[0]), temperature_T.new_empty(rows.shape[0])
     library().ls_draw(
-        hidden.data_ptr(), packed.data_ptr(), arithmetic(hidden, packed), temperature_T.data_ptr(), block_max.data_ptr(),
-        block_sum.data_ptr(), rows.data_ptr(), seeds.data_ptr(), positions.data_ptr(), indices.data_ptr(),
+        hidden.data_ptr(), packed.data_ptr(), arithmetic(hidden, packed), temperature_T.data_ptr(),
+        block_max.data_ptr(), block_sum.data_ptr(), rows.data_ptr(), seeds.data_ptr(), positions.data_ptr(), indices.data_ptr(),
         is_greedy.data_ptr(), token_ids.data_ptr(), logprobs.data_ptr(), None, None, rows.shape[0], vocab_size,
         hidden.shape[1],
     )  # fmt: skip
@@ -78,8 +78,8 @@ def token_logprobs(
 ) -> torch.Tensor:
     """logprobs[C] of target_ids [C] int64 under softmax(hidden @ weight.T / temperature), temperature [C] float32.
 
-    Differentiable in hidden and in `master`, the weight as a float32 tensor [V, D]. `is_dot`: logits by the bfloat16 dot
-    product (see `kernels.linear.linear`).
+    Differentiable in hidden and in `master`, the weight as a float32 tensor [V, D]. `is_dot`: logits by the bfloat16
+    dot product (see `kernels.linear.linear`).
     """
     if torch.is_grad_enabled() and (hidden_CD.requires_grad or (master is not None and master.requires_grad)):
         if master is None:
