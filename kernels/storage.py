@@ -13,18 +13,17 @@ import torch
 
 HUGE_PAGE = 2 * 2**20
 _MADV_HUGEPAGE = 14  # Linux; other systems have no such advice and go without
-_FLOAT_BYTES = 4
 
 
-def empty_storage(*shape: int) -> torch.Tensor:
-    """An uninitialised, contiguous float32 tensor on the CPU; a page that is never written costs no memory."""
+def empty_storage(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """An uninitialised, contiguous tensor on the CPU; a page that is never written costs no memory."""
     num_values = math.prod(shape)
-    num_bytes = num_values * _FLOAT_BYTES
+    num_bytes = num_values * dtype.itemsize
     if num_bytes < HUGE_PAGE:
-        return torch.empty(shape, dtype=torch.float32)
-    room = torch.empty(num_values + HUGE_PAGE // _FLOAT_BYTES, dtype=torch.float32)
-    first = -room.data_ptr() % HUGE_PAGE // _FLOAT_BYTES
-    _advise(room.data_ptr() + first * _FLOAT_BYTES, num_bytes)
+        return torch.empty(shape, dtype=dtype)
+    room = torch.empty(num_values + HUGE_PAGE // dtype.itemsize, dtype=dtype)
+    first = -room.data_ptr() % HUGE_PAGE // dtype.itemsize
+    _advise(room.data_ptr() + first * dtype.itemsize, num_bytes)
     return room[first : first + num_values].view(shape)
 
 

@@ -144,3 +144,39 @@ static inline void v16_store_first(float *p, v16 a, int n) {
     v16_store(f, a);
     memcpy(p, f, (size_t)n * sizeof(float));
 }
+
+/* Sixteen bfloat16, widened exactly. */
+static inline v16 v16_load_bf16(const uint16_t *p) {
+#if defined(__AVX512F__)
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+#elif defined(__AVX2__) && defined(__FMA__)
+    __m256i lo = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    __m256i hi = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p + 8)));
+    return (v16){_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
+#else
+    uint32_t words[16];
+    v16 r;
+    for (int i = 0; i < 16; i++) words[i] = (uint32_t)p[i] << 16;
+    memcpy(r.f, words, sizeof words);
+    return r;
+#endif
+}
+
+/* a times 2^n, by adding n to the exponent: exact where neither a nor the result is subnormal. n is the integer that the
+ * low bits of `magic`, a float32 of the form 1.5 * 2^23 + n, hold. */
+static inline v16 v16_add_exponent(v16 a, v16 magic) {
+#if defined(__AVX512F__)
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_castps_si512(magic), 23)));
+#elif defined(__AVX2__) && defined(__FMA__)
+#define LS_ADD_EXPONENT(x, n) \
+    _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(_mm256_castps_si256(n), 23)))
+    return (v16){LS_ADD_EXPONENT(a.lo, magic.lo), LS_ADD_EXPONENT(a.hi, magic.hi)};
+#else
+    uint32_t words[16], steps[16];
+    memcpy(words, a.f, sizeof words);
+    memcpy(steps, magic.f, sizeof steps);
+    for (int i = 0; i < 16; i++) words[i] += steps[i] << 23;
+    memcpy(a.f, words, sizeof words);
+    return a;
+#endif
+}
