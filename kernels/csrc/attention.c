@@ -57,7 +57,7 @@ typedef struct { /* the rows of a task and what they have summed up so far */
     int64_t lowest_chunk, end_chunk;
     row_reach reach[LS_TASK_ROWS];
     float highest[LS_TASK_ROWS], sum[LS_TASK_ROWS]; /* sum 0: no chunk yet */
-    float q[LS_TASK_ROWS * LS_MAX_HEAD];            /* [H][rows] for each tile */
+    const float *q[LS_TASK_ROWS];
     float p[LS_TASK_ROWS * LS_SCORE_STRIDE];
 } row_set;
 
@@ -92,9 +92,9 @@ static void weigh_row(float *p, const row_reach *reach, float *highest, float *s
 #define LS_FOR_KV(name) name##_bf16
 #include "attention_loops.h"
 
-/* Lists the rows of a task, tiles of equal size first, and lays their queries out. */
+/* Lists the rows of a task, in tiles of nearly equal size. */
 static void gather_rows(const attention_job *j, const attention_task *task, row_set *rows) {
-    int64_t group = j->num_heads / j->num_kv_heads, start = j->starts[task->sequence], H = j->H;
+    int64_t group = j->num_heads / j->num_kv_heads, start = j->starts[task->sequence];
     int64_t first_position = j->lengths[task->sequence] - (j->starts[task->sequence + 1] - start);
     int64_t per_head = task->last_row - task->first_row, num_tiles = (per_head + LS_TILE_ROWS - 1) / LS_TILE_ROWS;
     rows->count = rows->num_tiles = 0;
@@ -105,12 +105,10 @@ static void gather_rows(const attention_job *j, const attention_task *task, row_
             int64_t first_row = task->first_row + per_head * t / num_tiles;
             int count = (int)(task->first_row + per_head * (t + 1) / num_tiles - first_row);
             rows->tiles[rows->num_tiles++] = (row_tile){.kv_head = kv_head, .first = rows->count, .rows = count};
-            float *q = rows->q + rows->count * H;
             for (int r = 0; r < count; r++) {
                 int64_t token = (first_row + r) / group, head = kv_head * group + (first_row + r) % group;
                 int64_t last = first_position + token + 1;
-                const float *row = j->q + (start + token) * j->ldq + head * H;
-                for (int64_t d = 0; d < H; d++) q[d * count + r] = row[d];
+                rows->q[rows->count] = j->q + (start + token) * j->ldq + head * j->H;
                 rows->place[rows->count] = (start + token) * j->num_heads + head;
                 rows->last[rows->count] = last;
                 rows->first[rows->count] = j->window > 0 ? larger(last - j->window, 0) : 0;

@@ -2,20 +2,22 @@
  *
  * LS_KV is the type that is stored, LS_LOAD_KV(p) widens sixteen of it, LS_FOR_KV(name) gives a function its name. */
 
+#define LS_UNROLL _Pragma("GCC unroll 8")
+
 /* One group of 16 keys for a register tile of rows: scores[r][0..16) = ((a0 + a1) + (a2 + a3)) * scale, a_u the FMA chain
- * over d = u mod 4. q is laid out [H][ROWS]. */
+ * over d = u mod 4. */
 #define LS_DEFINE_SCORES(ROWS)                                                                                         \
-    static void LS_FOR_KV(scores_##ROWS)(const float *q, const LS_KV *key, int64_t S, int64_t H, float scale,          \
+    static void LS_FOR_KV(scores_##ROWS)(const float *const *q, const LS_KV *key, int64_t S, int64_t H, float scale,   \
                                          float *scores) {                                                              \
         v16 a[ROWS][4], factor = v16_set1(scale);                                                                      \
-        for (int r = 0; r < ROWS; r++)                                                                                 \
-            for (int u = 0; u < 4; u++) a[r][u] = v16_zero();                                                          \
-        for (int64_t d = 0; d < H; d += 4, q += 4 * ROWS)                                                              \
-            for (int u = 0; u < 4; u++) {                                                                              \
+        LS_UNROLL for (int r = 0; r < ROWS; r++)                                                                                 \
+            LS_UNROLL for (int u = 0; u < 4; u++) a[r][u] = v16_zero();                                                          \
+        for (int64_t d = 0; d < H; d += 4)                                                                             \
+            LS_UNROLL for (int u = 0; u < 4; u++) {                                                                              \
                 v16 k = LS_LOAD_KV(key + (d + u) * S);                                                                 \
-                for (int r = 0; r < ROWS; r++) a[r][u] = v16_fma(v16_set1(q[u * ROWS + r]), k, a[r][u]);               \
+                LS_UNROLL for (int r = 0; r < ROWS; r++) a[r][u] = v16_fma(v16_set1(q[r][d + u]), k, a[r][u]);         \
             }                                                                                                          \
-        for (int r = 0; r < ROWS; r++)                                                                                 \
+        LS_UNROLL for (int r = 0; r < ROWS; r++)                                                                                 \
             v16_store(scores + r * LS_SCORE_STRIDE,                                                                    \
                       v16_mul(v16_add(v16_add(a[r][0], a[r][1]), v16_add(a[r][2], a[r][3])), factor));                 \
     }
@@ -25,21 +27,21 @@
     static void LS_FOR_KV(weighted_##ROWS##_##VECTORS)(const float *p, const LS_KV *const *groups, int num_groups,     \
                                                        int first, int last, int64_t column, int64_t H, float *out) {   \
         v16 a[ROWS][VECTORS];                                                                                          \
-        for (int r = 0; r < ROWS; r++)                                                                                 \
-            for (int v = 0; v < VECTORS; v++) a[r][v] = v16_load(out + r * H + column + 16 * v);                       \
+        LS_UNROLL for (int r = 0; r < ROWS; r++)                                                                                 \
+            LS_UNROLL for (int v = 0; v < VECTORS; v++) a[r][v] = v16_load(out + r * H + column + 16 * v);                       \
         for (int g = 0; g < num_groups; g++, p += 16) {                                                                \
             const LS_KV *value = groups[g] + first * H + column;                                                       \
             for (int j = first; j < last; j++, value += H) {                                                           \
                 v16 x[VECTORS];                                                                                        \
-                for (int v = 0; v < VECTORS; v++) x[v] = LS_LOAD_KV(value + 16 * v);                                   \
-                for (int r = 0; r < ROWS; r++) {                                                                       \
+                LS_UNROLL for (int v = 0; v < VECTORS; v++) x[v] = LS_LOAD_KV(value + 16 * v);                                   \
+                LS_UNROLL for (int r = 0; r < ROWS; r++) {                                                                       \
                     v16 s = v16_set1(p[r * LS_SCORE_STRIDE + j]);                                                      \
-                    for (int v = 0; v < VECTORS; v++) a[r][v] = v16_fma(s, x[v], a[r][v]);                             \
+                    LS_UNROLL for (int v = 0; v < VECTORS; v++) a[r][v] = v16_fma(s, x[v], a[r][v]);                             \
                 }                                                                                                      \
             }                                                                                                          \
         }                                                                                                              \
-        for (int r = 0; r < ROWS; r++)                                                                                 \
-            for (int v = 0; v < VECTORS; v++) v16_store(out + r * H + column + 16 * v, a[r][v]);                       \
+        LS_UNROLL for (int r = 0; r < ROWS; r++)                                                                                 \
+            LS_UNROLL for (int v = 0; v < VECTORS; v++) v16_store(out + r * H + column + 16 * v, a[r][v]);                       \
     }
 
 #define LS_DEFINE_ROWS(ROWS)                               \
@@ -53,8 +55,9 @@ LS_DEFINE_ROWS(4)
 LS_DEFINE_ROWS(5)
 LS_DEFINE_ROWS(6)
 
-static void LS_FOR_KV(scores)(int rows, const float *q, const LS_KV *key, int64_t S, int64_t H, float scale, float *out) {
-    static void (*const by_rows[])(const float *, const LS_KV *, int64_t, int64_t, float, float *) = {
+static void LS_FOR_KV(scores)(int rows, const float *const *q, const LS_KV *key, int64_t S, int64_t H, float scale,
+                              float *out) {
+    static void (*const by_rows[])(const float *const *, const LS_KV *, int64_t, int64_t, float, float *) = {
         LS_FOR_KV(scores_1), LS_FOR_KV(scores_2), LS_FOR_KV(scores_3),
         LS_FOR_KV(scores_4), LS_FOR_KV(scores_5), LS_FOR_KV(scores_6)};
     by_rows[rows - 1](q, key, S, H, scale, out);
@@ -135,7 +138,7 @@ static void LS_FOR_KV(visit_chunk)(const attention_job *j, const attention_task 
         for (int t = 0; t < rows->num_tiles; t++) {
             const row_tile *tile = &rows->tiles[t];
             if (k >= tile->begin && k < tile->end)
-                LS_FOR_KV(scores)(tile->rows, rows->q + tile->first * H, keys[t * (LS_CHUNK / 16) + k / 16], j->S, H,
+                LS_FOR_KV(scores)(tile->rows, rows->q + tile->first, keys[t * (LS_CHUNK / 16) + k / 16], j->S, H,
                                   j->scale, rows->p + tile->first * LS_SCORE_STRIDE + k);
         }
     for (int r = 0; r < rows->count; r++)

@@ -115,23 +115,30 @@ static inline v16 v16_keep(v16 a, int first, int last, float fill) { LS_EACH(i >
 
 static inline v16 v16_zero(void) { return v16_set1(0.0f); }
 
+#if defined(__AVX512F__)
+/* a[i] = op(a[i], a[i + w]) for w = 8, 4, 2, 1, without a way through memory. */
+#define LS_FOLD(op)                                                                                              \
+    __m256 x = _mm512_castps512_ps256(a), y = _mm512_castps512_ps256(_mm512_shuffle_f32x4(a, a, 0x4e));           \
+    x = _mm256_##op##_ps(x, y);                                                                                  \
+    __m128 z = _mm_##op##_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));                            \
+    z = _mm_##op##_ps(z, _mm_movehl_ps(z, z));                                                                   \
+    return _mm_cvtss_f32(_mm_##op##_ss(z, _mm_movehdup_ps(z)))
+#else
+#define LS_FOLD(op)                          \
+    float f[16];                             \
+    v16_store(f, a);                         \
+    for (int w = 8; w; w >>= 1)              \
+        for (int i = 0; i < w; i++) f[i] = ls_##op(f[i], f[i + w]); \
+    return f[0]
+static inline float ls_add(float a, float b) { return a + b; }
+static inline float ls_max(float a, float b) { return a > b ? a : b; }
+#endif
+
 /* T16, the one reduction of sixteen lanes: for w = 8, 4, 2, 1: a[i] += a[i + w]. */
-static inline float v16_sum(v16 a) {
-    float f[16];
-    v16_store(f, a);
-    for (int w = 8; w; w >>= 1)
-        for (int i = 0; i < w; i++) f[i] = f[i] + f[i + w];
-    return f[0];
-}
+static inline float v16_sum(v16 a) { LS_FOLD(add); }
 
 /* The same tree for the maximum; equal operands keep the later one, so a zero's sign is fixed too. */
-static inline float v16_highest(v16 a) {
-    float f[16];
-    v16_store(f, a);
-    for (int w = 8; w; w >>= 1)
-        for (int i = 0; i < w; i++) f[i] = f[i] > f[i + w] ? f[i] : f[i + w];
-    return f[0];
-}
+static inline float v16_highest(v16 a) { LS_FOLD(max); }
 
 /* The first `n` lanes from memory, +0 in the rest. */
 static inline v16 v16_load_first(const float *p, int n) {
