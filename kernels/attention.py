@@ -1,6 +1,8 @@
 """Attention over blocks of keys and values, for engine and trainer (docs/numerics.md, "Attention").
 
 Key blocks of a layer are [P, K, H, S], value blocks [P, K, S, H]: P blocks, K key-value heads, H head width, S slots.
+Both are float32 or both bfloat16; keys and values are rounded to that type when they are stored, before anything uses
+them, and widened exactly when they are read.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from kernels.linear import check_float32
 HEAD_DIM_MULTIPLE = 16
 MAX_HEAD_DIM = 256
 SLOTS_MULTIPLE = 16
+KV_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def check_attention_shape(head_dim: int, block_size: int) -> None:
@@ -33,12 +36,13 @@ def kv_store(
 ) -> None:
     """Writes rows of k and v into slots, in place: row `rows[i]` goes to slot_mapping[i] = block * S + slot.
 
-    slot_mapping and rows are int64; rows None stands for 0, 1, 2, ... k and v may be strided over rows.
+    Bfloat16 blocks get the nearest bfloat16, ties to even. slot_mapping and rows are int64; rows None stands for 0, 1, 2, ... k and v may be strided over rows.
     """
     _, num_kv_heads, head_dim, num_slots = key_blocks.shape
     k, v = _adjacent_heads(k_TKH), _adjacent_heads(v_TKH)
+    is_bf16 = _is_bfloat16(key_blocks, value_blocks)
     library().ls_kv_store(
-        k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), key_blocks.data_ptr(), value_blocks.data_ptr(),
+        k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), key_blocks.data_ptr(), value_blocks.data_ptr(), is_bf16,
         None if rows is None else rows.data_ptr(), slot_mapping.data_ptr(), slot_mapping.shape[0],
         num_kv_heads, head_dim, num_slots,
     )  # fmt: skip
@@ -78,14 +82,21 @@ def _adjacent_heads(x_TNH: torch.Tensor) -> torch.Tensor:
     return x_TNH if x_TNH.stride(2) == 1 and x_TNH.stride(1) == x_TNH.shape[2] else x_TNH.contiguous()
 
 
+def _is_bfloat16(key_blocks: torch.Tensor, value_blocks: torch.Tensor) -> bool:
+    dtype = key_blocks.dtype
+    if dtype not in KV_DTYPES or value_blocks.dtype is not dtype:
+        raise ValueError(f"key and value blocks are {dtype} and {value_blocks.dtype}: both must be float32 or bfloat16")
+    return dtype is torch.bfloat16
+
+
 def _attention(q, key_blocks, value_blocks, tables, starts, lengths, scale, window, row_max, row_sum):
     num_rows, num_heads, head_dim = q.shape
     _, num_kv_heads, _, num_slots = key_blocks.shape
     q = _adjacent_heads(q)
     out = q.new_empty(num_rows, num_heads, head_dim)
     failed = library().ls_attention(
-        q.data_ptr(), q.stride(0), key_blocks.data_ptr(), value_blocks.data_ptr(), tables.data_ptr(), starts.data_ptr(),
-        lengths.data_ptr(), out.data_ptr(), None if row_max is None else row_max.data_ptr(),
+        q.data_ptr(), q.stride(0), key_blocks.data_ptr(), value_blocks.data_ptr(),
+        _is_bfloat16(key_blocks, value_blocks), tables.data_ptr(), starts.data_ptr(), lengths.data_ptr(), out.data_ptr(), None if row_max is None else row_max.data_ptr(),
         None if row_sum is None else row_sum.data_ptr(), lengths.shape[0], num_heads, num_kv_heads, head_dim, num_slots,
         tables.shape[1], window, scale,
     )  # fmt: skip
@@ -116,12 +127,15 @@ class PackedPlan:
             index of an earlier segment, or -1), then its own, causally. The segments that share a parent follow it at
             once.
         block_size: slots of a block, a multiple of 16; it does not change the result.
+        kv_dtype: in what keys and values are kept, float32 or bfloat16; the engine's, for equal bits.
 
     A child whose parent ends inside a block gets a copy of that block's rows, as the engine's copy-on-write gives it.
     """
 
-    def __init__(self, segments: list[tuple[int, int, int]], block_size: int = 16) -> None:
-        self.block_size = block_size
+    def __init__(
+        self, segments: list[tuple[int, int, int]], block_size: int = 16, kv_dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.block_size, self.kv_dtype = block_size, kv_dtype
         rows, slots, tables, lengths = [], [], [], []
         num_blocks = 0
         for first, end, parent in segments:
@@ -165,7 +179,7 @@ class PackedPlan:
         key = (num_kv_heads, head_dim)
         if key not in self._scratch:
             shape = (self.num_blocks, num_kv_heads, head_dim, self.block_size)
-            keys = torch.empty(shape, dtype=torch.float32, device="cpu")
+            keys = torch.empty(shape, dtype=self.kv_dtype, device="cpu")
             self._scratch[key] = (keys, torch.empty_like(keys).reshape(*shape[:2], self.block_size, head_dim))
         return self._scratch[key]
 
@@ -181,6 +195,8 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, plan, scale, window):
         q, k, v = _adjacent_heads(q), _adjacent_heads(k), _adjacent_heads(v)
+        if plan.kv_dtype is not torch.float32:  # gradients pass straight through the rounding
+            k, v = k.to(plan.kv_dtype).float(), v.to(plan.kv_dtype).float()
         row_max, row_sum = q.new_empty(q.shape[:2]), q.new_empty(q.shape[:2])
         out = _packed_forward(q, k, v, plan, scale, window, row_max, row_sum)
         ctx.save_for_backward(q, k, v, out, row_max, row_sum)

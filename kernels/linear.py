@@ -116,7 +116,8 @@ def multiply(x: torch.Tensor, packed: torch.Tensor, addend: torch.Tensor | None,
     addend_stride = 0 if addend is None or addend.dim() == 1 else addend.stride(0)
     library().ls_linear(
         x.data_ptr(), x.stride(0), packed.data_ptr(), arithmetic(x, packed),
-        None if addend is None else addend.data_ptr(), addend_stride, y.data_ptr(), y.stride(0), y.shape[0], y.shape[1], packed_width(packed),
+        None if addend is None else addend.data_ptr(), addend_stride, y.data_ptr(), y.stride(0), y.shape[0],
+        y.shape[1], packed_width(packed),
     )  # fmt: skip
 
 

@@ -60,9 +60,9 @@ def sample(
     token_ids, logprobs = rows.new_empty(rows.shape[0]), temperature_T.new_empty(rows.shape[0])
     library().ls_draw(
         hidden.data_ptr(), packed.data_ptr(), arithmetic(hidden, packed), temperature_T.data_ptr(),
-        block_max.data_ptr(), block_sum.data_ptr(), rows.data_ptr(), seeds.data_ptr(), positions.data_ptr(), indices.data_ptr(),
-        is_greedy.data_ptr(), token_ids.data_ptr(), logprobs.data_ptr(), None, None, rows.shape[0], vocab_size,
-        hidden.shape[1],
+        block_max.data_ptr(), block_sum.data_ptr(), rows.data_ptr(), seeds.data_ptr(), positions.data_ptr(),
+        indices.data_ptr(), is_greedy.data_ptr(), token_ids.data_ptr(), logprobs.data_ptr(), None, None,
+        rows.shape[0], vocab_size, hidden.shape[1],
     )  # fmt: skip
     return token_ids, logprobs
 

@@ -147,7 +147,7 @@ def num_segments(width: int) -> int:
 def linear(
     x_TK: torch.Tensor, weight_NK: torch.Tensor, bias: torch.Tensor | None = None, is_dot: bool = False
 ) -> torch.Tensor:
-    """y[T, N] = x[T, K] @ weight[N, K].T + bias[N]; is_dot: x rounded to bfloat16 and dot-product steps over pairs of k."""
+    """y[T, N] = x[T, K] @ weight[N, K].T + bias[N]; is_dot: x rounded to bfloat16, dot-product steps over pairs."""
     y = _product(x_TK, weight_NK, is_dot)
     return torch.from_numpy(y if bias is None else y + bias.numpy())
 
@@ -245,13 +245,16 @@ def paged_attention(
     scale: float,
     window: int = 0,
 ) -> torch.Tensor:
-    """out[T, N, H]: the rows of each sequence are the last ones of its seq_lens positions, read through its blocks."""
+    """out[T, N, H]: the rows of each sequence are the last ones of its seq_lens positions, read through its blocks.
+
+    The blocks are float32 or bfloat16, which is widened exactly.
+    """
     out = torch.empty_like(q_TNH)
     num_slots = value_blocks.shape[2]
     for table, first, end, length in zip(block_tables.tolist(), cu_seqlens_q, cu_seqlens_q[1:], seq_lens.tolist()):
         slots = [(table[position // num_slots], position % num_slots) for position in range(length)]
         blocks, offsets = torch.tensor(slots, dtype=torch.int64).reshape(-1, 2).unbind(1)
-        k_JKH, v_JKH = key_blocks[blocks, :, :, offsets], value_blocks[blocks, :, offsets]
+        k_JKH, v_JKH = key_blocks[blocks, :, :, offsets].float(), value_blocks[blocks, :, offsets].float()
         out[first:end] = attention(q_TNH[first:end], k_JKH, v_JKH, scale, window)
     return out
 
@@ -259,14 +262,25 @@ def paged_attention(
 def packed_attention(
     q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, plan: PackedPlan, scale: float, window: int = 0
 ) -> torch.Tensor:
-    """out[T, N, H]: the keys of a segment are its parent's rows, then its own."""
+    """out[T, N, H]: the keys of a segment are its parent's rows, then its own, rounded to the plan's kv_dtype."""
     out = torch.empty_like(q_TNH)
+    k_TKH, v_TKH = round_kv(k_TKH, plan.kv_dtype), round_kv(v_TKH, plan.kv_dtype)
     segments = plan.segments.tolist()
     for first, end, parent in segments:
         prefix = range(*segments[parent][:2]) if parent >= 0 else range(0)
         rows = torch.tensor([*prefix, *range(first, end)], dtype=torch.int64)
         out[first:end] = attention(q_TNH[first:end], k_TKH[rows], v_TKH[rows], scale, window)
     return out
+
+
+def round_kv(x_TKH: torch.Tensor, kv_dtype: torch.dtype) -> torch.Tensor:
+    """x as it is kept: itself in float32, or the nearest bfloat16, ties to even; float32 either way."""
+    if kv_dtype is torch.float32:
+        return x_TKH
+    words = x_TKH.contiguous().numpy().view(np.uint32)
+    rounded = (words + np.uint32(0x7FFF) + ((words >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
+    rounded = np.where(np.isnan(x_TKH.numpy()), np.uint32(0x7FC00000), rounded)
+    return torch.from_numpy(rounded.view(np.float32))
 
 
 def attention(

@@ -1,8 +1,8 @@
 /* Attention over keys and values that lie in blocks: prefill, chunks, decode and the trainer are the same routine.
  *
  * Layout of one layer: keys [P, K, H, S] (the S slots of a block adjacent, so that 16 keys fill the lanes), values
- * [P, K, S, H]. Keys are visited at fixed absolute positions: chunks of 256, lanes of 16 inside them, whatever the block
- * size, the rows computed together, or the chunk boundaries of the schedule. */
+ * [P, K, S, H], both float32 or both bfloat16. Keys are visited at fixed absolute positions: chunks of 256, lanes of 16
+ * inside them, whatever the block size, the rows computed together, or the chunk boundaries of the schedule. */
 #include <math.h>
 #include <stdlib.h>
 
@@ -10,285 +10,206 @@
 #include "pool.h"
 
 #define LS_CHUNK 256
-#define LS_TILE_ROWS 6
+#define LS_TILE_ROWS 6       /* rows that one register tile takes */
+#define LS_TASK_ROWS 48      /* rows for which keys and values are loaded together */
+#define LS_TASK_TILES 16
 #define LS_MAX_HEAD 256
-#define LS_ROWS_PER_TASK 48
+#define LS_SCORE_STRIDE (LS_CHUNK + 16) /* no multiple of 1 KiB, which would put all rows into few sets of the cache */
+#define LS_VALUE_BYTES 16384 /* values that stay in the first cache while all tiles take them */
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-typedef struct {
-    int32_t sequence, kv_head, first_row, last_row; /* rows: (token, query head) pairs of one key-value head */
+typedef struct { /* rows [first_row, last_row), (token, query head) pairs, of each of some key-value heads */
+    int32_t sequence, kv_head, num_kv_heads, first_row, last_row;
+    int32_t first_chunk, last_chunk; /* of a part of the context; its results go to `parts` */
+    int64_t parts;                   /* where they begin there, in rows; -1 for the whole context */
 } attention_task;
 
 typedef struct {
-    const float *q, *keys, *values;
+    const float *q;
+    const void *keys, *values;
     float *out, *row_max, *row_sum;
     const int32_t *tables, *starts, *lengths;
     int64_t ldq, num_heads, num_kv_heads, H, S, max_blocks, window;
     float scale;
+    int is_bf16;
     const attention_task *tasks;
+    float *parts; /* per row of a chunk: its maximum, its sum, its H weighted values; a sum of 0 where it sees no key */
 } attention_job;
 
-typedef struct { /* one register tile of query rows and what it has summed up so far */
-    const float *q[LS_TILE_ROWS];
-    float *out[LS_TILE_ROWS];
-    int64_t first[LS_TILE_ROWS], last[LS_TILE_ROWS]; /* keys in reach: [first, last) */
-    float highest[LS_TILE_ROWS], sum[LS_TILE_ROWS];
-    int is_started[LS_TILE_ROWS];
+typedef struct { /* the keys [from, to) of a chunk that a row reaches */
+    int64_t from, to;
+} row_reach;
+
+typedef struct { /* consecutive rows of one key-value head, and what they reach of a chunk */
+    int64_t kv_head, first;
+    int rows;
+    int64_t begin, end;         /* what any of them reaches, begin rounded down to 16 */
+    int64_t all_begin, all_end; /* what all of them reach */
 } row_tile;
 
-/* scores[r][0..16) = ((a0 + a1) + (a2 + a3)) * scale, a_u the FMA chain over d = u mod 4. */
-#define LS_DEFINE_SCORES(ROWS)                                                                                    \
-    static void scores_##ROWS(const row_tile *t, const float *key, int64_t S, int64_t H, float scale,             \
-                              float (*scores)[LS_CHUNK]) {                                                         \
-        v16 a[ROWS][4], factor = v16_set1(scale);                                                                 \
-        for (int r = 0; r < ROWS; r++)                                                                            \
-            for (int u = 0; u < 4; u++) a[r][u] = v16_zero();                                                     \
-        for (int64_t d = 0; d < H; d += 4)                                                                        \
-            for (int u = 0; u < 4; u++) {                                                                         \
-                v16 k = v16_load(key + (d + u) * S);                                                              \
-                for (int r = 0; r < ROWS; r++) a[r][u] = v16_fma(v16_set1(t->q[r][d + u]), k, a[r][u]);           \
-            }                                                                                                     \
-        for (int r = 0; r < ROWS; r++)                                                                            \
-            v16_store(scores[r], v16_mul(v16_add(v16_add(a[r][0], a[r][1]), v16_add(a[r][2], a[r][3])), factor)); \
-    }
+typedef struct { /* the rows of a task and what they have summed up so far */
+    int count, num_tiles;
+    row_tile tiles[LS_TASK_TILES];
+    int64_t place[LS_TASK_ROWS];                      /* token * num_heads + head */
+    int64_t first[LS_TASK_ROWS], last[LS_TASK_ROWS];  /* keys in reach: [first, last) */
+    int64_t lowest_chunk, end_chunk;
+    row_reach reach[LS_TASK_ROWS];
+    float highest[LS_TASK_ROWS], sum[LS_TASK_ROWS]; /* sum 0: no chunk yet */
+    const float *q[LS_TASK_ROWS];
+    float p[LS_TASK_ROWS * LS_SCORE_STRIDE];
+} row_set;
 
-/* out[r][c..c+64 or H) += p[r][j] * value[j], one chain over j per output. */
-#define LS_DEFINE_WEIGHTED(ROWS, VECTORS)                                                                        \
-    static void weighted_##ROWS##_##VECTORS(const float *p, int64_t ldp, const float *value, int64_t H, int n,   \
-                                            float *out, int64_t ldo) {                                           \
-        v16 a[ROWS][VECTORS];                                                                                    \
-        for (int r = 0; r < ROWS; r++)                                                                           \
-            for (int v = 0; v < VECTORS; v++) a[r][v] = v16_load(out + r * ldo + 16 * v);                        \
-        for (int j = 0; j < n; j++)                                                                              \
-            for (int r = 0; r < ROWS; r++) {                                                                     \
-                v16 s = v16_set1(p[r * ldp + j]);                                                                \
-                for (int v = 0; v < VECTORS; v++)                                                                \
-                    a[r][v] = v16_fma(s, v16_load(value + j * H + 16 * v), a[r][v]);                             \
-            }                                                                                                    \
-        for (int r = 0; r < ROWS; r++)                                                                           \
-            for (int v = 0; v < VECTORS; v++) v16_store(out + r * ldo + 16 * v, a[r][v]);                        \
-    }
-#define LS_DEFINE_ROWS(ROWS) LS_DEFINE_SCORES(ROWS) LS_DEFINE_WEIGHTED(ROWS, 4) LS_DEFINE_WEIGHTED(ROWS, 1)
-LS_DEFINE_ROWS(1)
-LS_DEFINE_ROWS(2)
-LS_DEFINE_ROWS(3)
-LS_DEFINE_ROWS(4)
-LS_DEFINE_ROWS(5)
-LS_DEFINE_ROWS(6)
-
-static void scores(int rows, const row_tile *t, const float *key, int64_t S, int64_t H, float scale,
-                   float (*out)[LS_CHUNK]) {
-    switch (rows) {
-        case 1: scores_1(t, key, S, H, scale, out); return;
-        case 2: scores_2(t, key, S, H, scale, out); return;
-        case 3: scores_3(t, key, S, H, scale, out); return;
-        case 4: scores_4(t, key, S, H, scale, out); return;
-        case 5: scores_5(t, key, S, H, scale, out); return;
-        default: scores_6(t, key, S, H, scale, out); return;
-    }
-}
-
-static void weighted(int rows, const float *p, int64_t ldp, const float *value, int64_t H, int n, float *out) {
-    int64_t c = 0;
-#define LS_CALL(R, V) weighted_##R##_##V(p, ldp, value + c, H, n, out + c, LS_MAX_HEAD); break
-#define LS_PICK(V)               \
-    switch (rows) {              \
-        case 1: LS_CALL(1, V);   \
-        case 2: LS_CALL(2, V);   \
-        case 3: LS_CALL(3, V);   \
-        case 4: LS_CALL(4, V);   \
-        case 5: LS_CALL(5, V);   \
-        default: LS_CALL(6, V);  \
-    }
-    for (; c + 64 <= H; c += 64) LS_PICK(4)
-    for (; c < H; c += 16) LS_PICK(1)
-}
-
-typedef struct { /* where the 16 keys from one absolute position on are stored */
-    const float *key, *value;
-} slots;
-
-static slots find_slots(const attention_job *j, int32_t sequence, int64_t kv_head, int64_t position) {
-    int64_t block = j->tables[sequence * j->max_blocks + position / j->S], slot = position % j->S;
-    int64_t place = (block * j->num_kv_heads + kv_head) * j->H * j->S;
-    return (slots){j->keys + place + slot, j->values + place + slot * j->H};
-}
-
-/* One chunk of keys for one tile of rows: exact maximum, exponentials, their sum, the weighted values; then the merge. */
-static void visit_chunk(const attention_job *j, const attention_task *task, row_tile *t, int rows, int64_t chunk) {
-    float p[LS_TILE_ROWS][LS_CHUNK], out[LS_TILE_ROWS][LS_MAX_HEAD], highest[LS_TILE_ROWS], sum[LS_TILE_ROWS];
-    int64_t base = chunk * LS_CHUNK, begin = LS_CHUNK, end = 0, all_begin = 0, all_end = LS_CHUNK;
-    int64_t from[LS_TILE_ROWS], to[LS_TILE_ROWS];
-    for (int r = 0; r < rows; r++) {
-        from[r] = smaller(larger(t->first[r] - base, 0), LS_CHUNK);
-        to[r] = larger(smaller(t->last[r] - base, LS_CHUNK), from[r]);
-        begin = smaller(begin, from[r]), end = larger(end, to[r]);
-        all_begin = larger(all_begin, from[r]), all_end = smaller(all_end, to[r]);
-    }
-    begin &= ~15;
+/* Scores of a row become exponentials, in place; what it does not reach of their groups counts as -infinity. */
+static void weigh_row(float *p, const row_reach *reach, float *highest, float *sum) {
+    int64_t from = reach->from, to = reach->to, begin = from & ~(int64_t)15, end = (to + 15) & ~(int64_t)15;
+    *highest = *sum = 0.0f;
+    if (from >= to) return;
+    if (from > begin) v16_store(p + begin, v16_keep(v16_load(p + begin), (int)(from - begin), 16, -INFINITY));
+    if (to < end) v16_store(p + end - 16, v16_keep(v16_load(p + end - 16), 0, (int)(to - end + 16), -INFINITY));
+    v16 top = v16_set1(-INFINITY), total = v16_zero();
+    for (int64_t k = begin; k < end; k += 16) top = v16_max(top, v16_load(p + k));
+    *highest = v16_highest(top);
+    v16 m = v16_set1(*highest);
     for (int64_t k = begin; k < end; k += 16) {
-        slots s = find_slots(j, task->sequence, task->kv_head, base + k);
-        scores(rows, t, s.key, j->S, j->H, j->scale, (float(*)[LS_CHUNK])(p[0] + k));
+        v16 e = v16_exp_falling(v16_sub(v16_load(p + k), m));
+        v16_store(p + k, e);
+        total = v16_add(total, e);
     }
-    for (int r = 0; r < rows; r++) {
-        v16 top = v16_set1(-INFINITY), total = v16_zero();
-        for (int64_t k = begin; k < end; k += 16) {
-            v16 s = v16_load(p[r] + k);
-            if (k < from[r] || k + 16 > to[r])
-                s = v16_keep(s, (int)smaller(larger(from[r] - k, 0), 16), (int)larger(smaller(to[r] - k, 16), 0), -INFINITY);
-            v16_store(p[r] + k, s);
-            top = v16_max(top, s);
-        }
-        highest[r] = v16_highest(top);
-        v16 m = v16_set1(highest[r]);
-        if (from[r] < to[r])
-            for (int64_t k = begin; k < end; k += 16) {
-                v16 e = v16_exp(v16_sub(v16_load(p[r] + k), m));
-                v16_store(p[r] + k, e);
-                total = v16_add(total, e);
+    *sum = v16_sum(total);
+}
+
+#define LS_KV float
+#define LS_LOAD_KV v16_load
+#define LS_FOR_KV(name) name##_float32
+#include "attention_loops.h"
+#undef LS_KV
+#undef LS_LOAD_KV
+#undef LS_FOR_KV
+#define LS_KV uint16_t
+#define LS_LOAD_KV v16_load_bf16
+#define LS_FOR_KV(name) name##_bf16
+#include "attention_loops.h"
+
+/* Lists the rows of a task, in tiles of nearly equal size. */
+static void gather_rows(const attention_job *j, const attention_task *task, row_set *rows) {
+    int64_t group = j->num_heads / j->num_kv_heads, start = j->starts[task->sequence];
+    int64_t first_position = j->lengths[task->sequence] - (j->starts[task->sequence + 1] - start);
+    int64_t per_head = task->last_row - task->first_row, num_tiles = (per_head + LS_TILE_ROWS - 1) / LS_TILE_ROWS;
+    rows->count = rows->num_tiles = 0;
+    memset(rows->highest, 0, sizeof rows->highest);
+    memset(rows->sum, 0, sizeof rows->sum);
+    for (int64_t kv_head = task->kv_head; kv_head < task->kv_head + task->num_kv_heads; kv_head++)
+        for (int64_t t = 0; t < num_tiles; t++) {
+            int64_t first_row = task->first_row + per_head * t / num_tiles;
+            int count = (int)(task->first_row + per_head * (t + 1) / num_tiles - first_row);
+            rows->tiles[rows->num_tiles++] = (row_tile){.kv_head = kv_head, .first = rows->count, .rows = count};
+            for (int r = 0; r < count; r++) {
+                int64_t token = (first_row + r) / group, head = kv_head * group + (first_row + r) % group;
+                int64_t last = first_position + token + 1;
+                rows->q[rows->count] = j->q + (start + token) * j->ldq + head * j->H;
+                rows->place[rows->count] = (start + token) * j->num_heads + head;
+                rows->last[rows->count] = last;
+                rows->first[rows->count] = j->window > 0 ? larger(last - j->window, 0) : 0;
+                rows->count++;
             }
-        sum[r] = v16_sum(total);
-        memset(out[r], 0, (size_t)j->H * sizeof(float));
+        }
+    int64_t first_token = task->first_row / group, last_token = (task->last_row - 1) / group;
+    int64_t lowest = first_position + first_token + 1 - j->window;
+    rows->lowest_chunk = j->window > 0 && lowest > 0 ? lowest / LS_CHUNK : 0;
+    rows->end_chunk = (first_position + last_token) / LS_CHUNK + 1;
+}
+
+static void find_reach(row_set *rows, int64_t base) {
+    for (int i = 0; i < rows->num_tiles; i++) {
+        row_tile *t = &rows->tiles[i];
+        t->begin = LS_CHUNK, t->end = t->all_begin = 0, t->all_end = LS_CHUNK;
+        for (int64_t r = t->first; r < t->first + t->rows; r++) {
+            int64_t from = smaller(larger(rows->first[r] - base, 0), LS_CHUNK);
+            int64_t to = larger(smaller(rows->last[r] - base, LS_CHUNK), from);
+            rows->reach[r] = (row_reach){from, to};
+            if (from < to) t->begin = smaller(t->begin, from), t->end = larger(t->end, to);
+            t->all_begin = larger(t->all_begin, from), t->all_end = smaller(t->all_end, to);
+        }
+        t->begin &= ~(int64_t)15;
     }
-    /* Keys that all rows reach are taken together; the few that only some reach, row by row. A key out of reach is
-     * skipped, never multiplied by zero. */
-    for (int64_t k = begin; k < end; k += 16) {
-        const float *value = find_slots(j, task->sequence, task->kv_head, base + k).value;
-        int64_t all_from = larger(all_begin, k), all_to = smaller(all_end, k + 16);
-        if (all_from < all_to && all_from == k && all_to == k + 16) {
-            weighted(rows, p[0] + k, LS_CHUNK, value, j->H, 16, out[0]);
+}
+
+/* Takes a chunk's results into what the rows have so far; the first chunk that a row sees is taken as it is. */
+static void merge_chunk(const attention_job *j, row_set *rows, const float *highest, const float *sum, const float *out) {
+    float before[LS_TASK_ROWS], now[LS_TASK_ROWS];
+    for (int r = 0; r < rows->count; r += 16) {
+        v16 old = v16_load(rows->highest + r), new = v16_load(highest + r), m = v16_max(old, new);
+        v16_store(before + r, v16_exp_falling(v16_sub(old, m)));
+        v16_store(now + r, v16_exp_falling(v16_sub(new, m)));
+    }
+    for (int r = 0; r < rows->count; r++, out += j->H) {
+        float *total = j->out + rows->place[r] * j->H;
+        if (sum[r] == 0.0f) continue;
+        if (rows->sum[r] == 0.0f) {
+            rows->highest[r] = highest[r], rows->sum[r] = sum[r];
+            memcpy(total, out, (size_t)j->H * sizeof(float));
             continue;
         }
-        if (all_from >= all_to) all_from = all_to = k + 16;
-        for (int r = 0; r < rows; r++) {
-            int64_t a = larger(from[r], k), b = smaller(to[r], all_from);
-            if (a < b) weighted(1, p[r] + a, LS_CHUNK, value + (a - k) * j->H, j->H, (int)(b - a), out[r]);
-        }
-        if (all_from < all_to)
-            weighted(rows, p[0] + all_from, LS_CHUNK, value + (all_from - k) * j->H, j->H, (int)(all_to - all_from), out[0]);
-        for (int r = 0; r < rows; r++) {
-            int64_t a = larger(from[r], all_to), b = smaller(to[r], k + 16);
-            if (a < b) weighted(1, p[r] + a, LS_CHUNK, value + (a - k) * j->H, j->H, (int)(b - a), out[r]);
-        }
+        rows->highest[r] = rows->highest[r] > highest[r] ? rows->highest[r] : highest[r];
+        rows->sum[r] = __builtin_fmaf(sum[r], now[r], rows->sum[r] * before[r]);
+        v16 a = v16_set1(before[r]), b = v16_set1(now[r]);
+        for (int64_t d = 0; d < j->H; d += 16)
+            v16_store(total + d, v16_fma(v16_load(out + d), b, v16_mul(v16_load(total + d), a)));
     }
-    for (int r = 0; r < rows; r++) {
-        if (from[r] >= to[r]) continue;
-        if (!t->is_started[r]) {
-            t->is_started[r] = 1, t->highest[r] = highest[r], t->sum[r] = sum[r];
-            memcpy(t->out[r], out[r], (size_t)j->H * sizeof(float));
-            continue;
-        }
-        float m = t->highest[r] > highest[r] ? t->highest[r] : highest[r];
-        float a = exp1(t->highest[r] - m), b = exp1(highest[r] - m);
-        t->highest[r] = m, t->sum[r] = __builtin_fmaf(sum[r], b, t->sum[r] * a);
-        for (int64_t d = 0; d < j->H; d++) t->out[r][d] = __builtin_fmaf(out[r][d], b, t->out[r][d] * a);
+}
+
+static void finish_rows(const attention_job *j, const row_set *rows) {
+    for (int r = 0; r < rows->count; r++) {
+        float *out = j->out + rows->place[r] * j->H;
+        v16 sum = v16_set1(rows->sum[r]);
+        for (int64_t d = 0; d < j->H; d += 16) v16_store(out + d, v16_div(v16_load(out + d), sum));
+        if (j->row_max) j->row_max[rows->place[r]] = rows->highest[r], j->row_sum[rows->place[r]] = rows->sum[r];
     }
 }
 
 static void attention_tile(void *argument, int64_t tile) {
     const attention_job *j = argument;
     const attention_task *task = &j->tasks[tile];
-    int64_t group = j->num_heads / j->num_kv_heads, start = j->starts[task->sequence];
-    int64_t first_position = j->lengths[task->sequence] - (j->starts[task->sequence + 1] - start);
-    for (int64_t begin = task->first_row; begin < task->last_row; begin += LS_TILE_ROWS) {
-        int rows = (int)smaller(LS_TILE_ROWS, task->last_row - begin);
-        int64_t lowest = INT64_MAX, highest = 0, place[LS_TILE_ROWS];
-        row_tile t;
-        for (int r = 0; r < rows; r++) {
-            int64_t token = (begin + r) / group, head = task->kv_head * group + (begin + r) % group;
-            place[r] = (start + token) * j->num_heads + head;
-            t.q[r] = j->q + (start + token) * j->ldq + head * j->H;
-            t.out[r] = j->out + place[r] * j->H;
-            t.last[r] = first_position + token + 1;
-            t.first[r] = j->window > 0 ? larger(t.last[r] - j->window, 0) : 0;
-            t.is_started[r] = 0;
-            lowest = smaller(lowest, t.first[r]), highest = larger(highest, t.last[r]);
-        }
-        for (int64_t chunk = lowest / LS_CHUNK; chunk * LS_CHUNK < highest; chunk++) visit_chunk(j, task, &t, rows, chunk);
-        for (int r = 0; r < rows; r++) {
-            for (int64_t d = 0; d < j->H; d++) t.out[r][d] = t.out[r][d] / t.sum[r];
-            if (j->row_max) j->row_max[place[r]] = t.highest[r], j->row_sum[place[r]] = t.sum[r];
-        }
+    float highest[LS_TASK_ROWS] = {0}, sum[LS_TASK_ROWS], out[LS_TASK_ROWS * LS_MAX_HEAD];
+    row_set rows;
+    gather_rows(j, task, &rows);
+    for (int64_t chunk = rows.lowest_chunk; chunk < rows.end_chunk; chunk++) {
+        find_reach(&rows, chunk * LS_CHUNK);
+        if (j->is_bf16) visit_chunk_bf16(j, task, &rows, chunk * LS_CHUNK, highest, sum, out);
+        else visit_chunk_float32(j, task, &rows, chunk * LS_CHUNK, highest, sum, out);
+        merge_chunk(j, &rows, highest, sum, out);
     }
+    finish_rows(j, &rows);
 }
 
 /* out[T, N, H] for query rows q[T, N, H] (row stride ldq) of B sequences: rows [starts[b], starts[b + 1]) are the last
  * ones of lengths[b] positions, whose keys and values already lie in the blocks tables[b]. window 0 means no limit.
  * row_max and row_sum [T, N] (or null) receive the softmax statistics for the backward pass. Returns 0, or -1 without
  * memory for the task list. */
-int ls_attention(const float *q, int64_t ldq, const float *keys, const float *values, const int32_t *tables,
+int ls_attention(const float *q, int64_t ldq, const void *keys, const void *values, int64_t is_bf16, const int32_t *tables,
                  const int32_t *starts, const int32_t *lengths, float *out, float *row_max, float *row_sum,
                  int64_t num_sequences, int64_t num_heads, int64_t num_kv_heads, int64_t H, int64_t S,
                  int64_t max_blocks, int64_t window, float scale) {
     int64_t group = num_heads / num_kv_heads, num_tasks = 0;
     for (int64_t b = 0; b < num_sequences; b++) {
         int64_t rows = (starts[b + 1] - starts[b]) * group;
-        num_tasks += num_kv_heads * ((rows + LS_ROWS_PER_TASK - 1) / LS_ROWS_PER_TASK);
+        num_tasks += num_kv_heads * ((rows + LS_TASK_ROWS - 1) / LS_TASK_ROWS);
     }
     attention_task *tasks = malloc((size_t)larger(num_tasks, 1) * sizeof(attention_task)), *next = tasks;
     if (!tasks) return -1;
     for (int64_t b = 0; b < num_sequences; b++)
         for (int64_t head = 0; head < num_kv_heads; head++) {
             int64_t rows = (starts[b + 1] - starts[b]) * group;
-            for (int64_t row = 0; row < rows; row += LS_ROWS_PER_TASK)
-                *next++ = (attention_task){(int32_t)b, (int32_t)head, (int32_t)row,
-                                           (int32_t)smaller(row + LS_ROWS_PER_TASK, rows)};
+            for (int64_t row = 0; row < rows; row += LS_TASK_ROWS)
+                *next++ = (attention_task){.sequence = (int32_t)b, .kv_head = (int32_t)head, .num_kv_heads = 1,
+                                           .first_row = (int32_t)row,
+                                           .last_row = (int32_t)smaller(row + LS_TASK_ROWS, rows), .parts = -1};
         }
     attention_job job = {q, keys, values, out, row_max, row_sum, tables, starts, lengths, ldq, num_heads, num_kv_heads,
-                         H, S, max_blocks, window, scale, tasks};
+                         H, S, max_blocks, window, scale, (int)is_bf16, tasks, NULL};
     ls_parallel(attention_tile, &job, num_tasks);
     free(tasks);
     return 0;
-}
-
-typedef struct {
-    const float *k, *v;
-    float *keys, *values;
-    const int64_t *rows, *slot_mapping;
-    int64_t num_slots, ldk, ldv, num_kv_heads, H, S;
-} store_job;
-
-static void store_tile(void *argument, int64_t tile) {
-    const store_job *j = argument;
-    for (int64_t i = tile * 8; i < smaller(tile * 8 + 8, j->num_slots); i++) {
-        int64_t row = j->rows ? j->rows[i] : i, block = j->slot_mapping[i] / j->S, slot = j->slot_mapping[i] % j->S;
-        for (int64_t head = 0; head < j->num_kv_heads; head++) {
-            const float *k = j->k + row * j->ldk + head * j->H, *v = j->v + row * j->ldv + head * j->H;
-            int64_t place = (block * j->num_kv_heads + head) * j->H * j->S;
-            for (int64_t d = 0; d < j->H; d++) j->keys[place + d * j->S + slot] = k[d];
-            memcpy(j->values + place + slot * j->H, v, (size_t)j->H * sizeof(float));
-        }
-    }
-}
-
-/* Stores rows of k and v [T, K, H] (row strides ldk, ldv) at slots: row `rows[i]` (row i where rows is null) goes to slot
- * slot_mapping[i] = block * S + slot. */
-void ls_kv_store(const float *k, int64_t ldk, const float *v, int64_t ldv, float *keys, float *values,
-                 const int64_t *rows, const int64_t *slot_mapping, int64_t num_slots, int64_t num_kv_heads, int64_t H,
-                 int64_t S) {
-    store_job job = {k, v, keys, values, rows, slot_mapping, num_slots, ldk, ldv, num_kv_heads, H, S};
-    ls_parallel(store_tile, &job, (num_slots + 7) / 8);
-}
-
-typedef struct {
-    char *storage;
-    const int64_t *pairs;
-    int64_t num_blocks, block_bytes;
-} copy_job;
-
-static void copy_tile(void *argument, int64_t layer) {
-    const copy_job *j = argument;
-    char *base = j->storage + layer * j->num_blocks * j->block_bytes;
-    for (int64_t i = 0; j->pairs[2 * i] >= 0; i++)
-        memcpy(base + j->pairs[2 * i + 1] * j->block_bytes, base + j->pairs[2 * i] * j->block_bytes,
-               (size_t)j->block_bytes);
-}
-
-/* Copies blocks inside a pool [planes][num_blocks][block_bytes], every plane alike, pair by pair in order; pairs
- * (source, destination) end with -1. */
-void ls_copy_blocks(void *storage, const int64_t *pairs, int64_t num_planes, int64_t num_blocks, int64_t block_bytes) {
-    copy_job job = {storage, pairs, num_blocks, block_bytes};
-    ls_parallel(copy_tile, &job, num_planes);
 }

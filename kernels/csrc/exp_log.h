@@ -6,20 +6,33 @@
 #define LS_EXP_HIGHEST 89.0f   /* from 88.73 on the result is infinite */
 #define LS_ROUND_MAGIC 12582912.0f /* 1.5 * 2^23: adding it rounds to the nearest integer, ties to even */
 
-/* Cody-Waite reduction and a polynomial of degree 7 (Cephes expf's coefficients); error below 1 ulp. */
-static inline v16 v16_exp(v16 x) {
-    v16 y = v16_max(v16_min(x, v16_set1(LS_EXP_HIGHEST)), v16_set1(LS_EXP_LOWEST));
-    v16 n = v16_sub(v16_fma(y, v16_set1(1.44269504088896341f), v16_set1(LS_ROUND_MAGIC)), v16_set1(LS_ROUND_MAGIC));
-    v16 r = v16_fma(n, v16_set1(-0.693359375f), y);
-    r = v16_fma(n, v16_set1(2.12194440e-4f), r);
+static inline v16 v16_exp_reduced(v16 r) { /* of |r| <= ln(2) / 2 */
     v16 p = v16_set1(1.9875691500e-4f);
     p = v16_fma(p, r, v16_set1(1.3981999507e-3f));
     p = v16_fma(p, r, v16_set1(8.3334519073e-3f));
     p = v16_fma(p, r, v16_set1(4.1665795894e-2f));
     p = v16_fma(p, r, v16_set1(1.6666665459e-1f));
     p = v16_fma(p, r, v16_set1(5.0000001201e-1f));
-    p = v16_add(v16_fma(p, v16_mul(r, r), r), v16_set1(1.0f));
-    return v16_zero_below(v16_scale2(p, n), x, LS_EXP_LOWEST);
+    return v16_add(v16_fma(p, v16_mul(r, r), r), v16_set1(1.0f));
+}
+
+/* Cody-Waite reduction and a polynomial of degree 7 (Cephes expf's coefficients); error below 1 ulp. */
+static inline v16 v16_exp(v16 x) {
+    v16 y = v16_max(v16_min(x, v16_set1(LS_EXP_HIGHEST)), v16_set1(LS_EXP_LOWEST));
+    v16 n = v16_sub(v16_fma(y, v16_set1(1.44269504088896341f), v16_set1(LS_ROUND_MAGIC)), v16_set1(LS_ROUND_MAGIC));
+    v16 r = v16_fma(n, v16_set1(-0.693359375f), y);
+    r = v16_fma(n, v16_set1(2.12194440e-4f), r);
+    return v16_zero_below(v16_scale2(v16_exp_reduced(r), n), x, LS_EXP_LOWEST);
+}
+
+/* The same bits for x <= 0, -infinity included, with less work: nothing overflows, what lies below LOWEST becomes +0
+ * whatever was computed for it, and above it the result is normal, so 2^n may be added to the exponent. */
+static inline v16 v16_exp_falling(v16 x) {
+    v16 magic = v16_fma(x, v16_set1(1.44269504088896341f), v16_set1(LS_ROUND_MAGIC));
+    v16 n = v16_sub(magic, v16_set1(LS_ROUND_MAGIC));
+    v16 r = v16_fma(n, v16_set1(-0.693359375f), x);
+    r = v16_fma(n, v16_set1(2.12194440e-4f), r);
+    return v16_zero_below(v16_add_exponent(v16_exp_reduced(r), magic), x, LS_EXP_LOWEST);
 }
 
 static inline float exp1(float x) {

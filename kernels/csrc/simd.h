@@ -168,23 +168,30 @@ static inline v16 v16_flush_small(v16 a, v16 judge, float limit) {
 
 static inline v16 v16_zero(void) { return v16_set1(0.0f); }
 
+#if defined(__AVX512F__)
+/* a[i] = op(a[i], a[i + w]) for w = 8, 4, 2, 1, without a way through memory. */
+#define LS_FOLD(op)                                                                                              \
+    __m256 x = _mm512_castps512_ps256(a), y = _mm512_castps512_ps256(_mm512_shuffle_f32x4(a, a, 0x4e));           \
+    x = _mm256_##op##_ps(x, y);                                                                                  \
+    __m128 z = _mm_##op##_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));                            \
+    z = _mm_##op##_ps(z, _mm_movehl_ps(z, z));                                                                   \
+    return _mm_cvtss_f32(_mm_##op##_ss(z, _mm_movehdup_ps(z)))
+#else
+#define LS_FOLD(op)                          \
+    float f[16];                             \
+    v16_store(f, a);                         \
+    for (int w = 8; w; w >>= 1)              \
+        for (int i = 0; i < w; i++) f[i] = ls_##op(f[i], f[i + w]); \
+    return f[0]
+static inline float ls_add(float a, float b) { return a + b; }
+static inline float ls_max(float a, float b) { return a > b ? a : b; }
+#endif
+
 /* T16, the one reduction of sixteen lanes: for w = 8, 4, 2, 1: a[i] += a[i + w]. */
-static inline float v16_sum(v16 a) {
-    float f[16];
-    v16_store(f, a);
-    for (int w = 8; w; w >>= 1)
-        for (int i = 0; i < w; i++) f[i] = f[i] + f[i + w];
-    return f[0];
-}
+static inline float v16_sum(v16 a) { LS_FOLD(add); }
 
 /* The same tree for the maximum; equal operands keep the later one, so a zero's sign is fixed too. */
-static inline float v16_highest(v16 a) {
-    float f[16];
-    v16_store(f, a);
-    for (int w = 8; w; w >>= 1)
-        for (int i = 0; i < w; i++) f[i] = f[i] > f[i + w] ? f[i] : f[i + w];
-    return f[0];
-}
+static inline float v16_highest(v16 a) { LS_FOLD(max); }
 
 /* The first `n` lanes from memory, +0 in the rest. */
 static inline v16 v16_load_first(const float *p, int n) {
@@ -214,3 +221,39 @@ static inline v16 v16_dot(w16 x, w16 w, v16 acc) {
     return v16_flushed_fma(v16_even(x), v16_even(w), v16_flushed_fma(v16_odd(x), v16_odd(w), acc));
 }
 #endif
+
+/* Sixteen bfloat16, widened exactly. */
+static inline v16 v16_load_bf16(const uint16_t *p) {
+#if defined(__AVX512F__)
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+#elif defined(__AVX2__) && defined(__FMA__)
+    __m256i lo = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    __m256i hi = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p + 8)));
+    return (v16){_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
+#else
+    uint32_t words[16];
+    v16 r;
+    for (int i = 0; i < 16; i++) words[i] = (uint32_t)p[i] << 16;
+    memcpy(r.f, words, sizeof words);
+    return r;
+#endif
+}
+
+/* a times 2^n, by adding n to the exponent: exact where neither a nor the result is subnormal. n is the integer that the
+ * low bits of `magic`, a float32 of the form 1.5 * 2^23 + n, hold. */
+static inline v16 v16_add_exponent(v16 a, v16 magic) {
+#if defined(__AVX512F__)
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_castps_si512(magic), 23)));
+#elif defined(__AVX2__) && defined(__FMA__)
+#define LS_ADD_EXPONENT(x, n) \
+    _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(_mm256_castps_si256(n), 23)))
+    return (v16){LS_ADD_EXPONENT(a.lo, magic.lo), LS_ADD_EXPONENT(a.hi, magic.hi)};
+#else
+    uint32_t words[16], steps[16];
+    memcpy(words, a.f, sizeof words);
+    memcpy(steps, magic.f, sizeof steps);
+    for (int i = 0; i < 16; i++) words[i] += steps[i] << 23;
+    memcpy(a.f, words, sizeof words);
+    return a;
+#endif
+}
