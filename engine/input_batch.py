@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from engine.sampling_batch import SamplingBatch
 from engine.step_plan import SchedulerOutput
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputBatch:
-    """T rows of B requests, of which R are sampled from, n times in all (siblings share their prompt's last row)."""
+    """T rows of B requests, and who draws from them."""
 
     input_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64
@@ -20,9 +21,7 @@ class InputBatch:
     seq_lens: torch.Tensor  # [B] int32
     block_tables: torch.Tensor  # [B, max_blocks] int32
     slot_mapping: torch.Tensor  # [T] int64
-    sampled_rows: torch.Tensor  # [R] int64, rows of the batch
-    temperature: torch.Tensor  # [R] float32, 1.0 where greedy
-    draws: torch.Tensor  # [5, n] int64: entry of sampled_rows, seed, position in the completion, sample index, greedy
+    sampling: SamplingBatch
 
     @classmethod
     def from_plan(cls, plan: SchedulerOutput, block_size: int) -> InputBatch:
@@ -47,7 +46,7 @@ class InputBatch:
             seq_lens=torch.tensor(lengths, dtype=torch.int32),
             block_tables=torch.from_numpy(tables),
             slot_mapping=torch.from_numpy(slots),
-            **_sampling_columns(plan, cu_seqlens),
+            sampling=SamplingBatch.from_plan(plan, cu_seqlens),
         )
 
     @property
@@ -61,27 +60,3 @@ def _block_tables(plan: SchedulerOutput) -> np.ndarray:
     for row, item in zip(tables, plan.scheduled, strict=True):
         row[: len(item.request.block_ids)] = item.request.block_ids
     return tables
-
-
-def _sampling_columns(plan: SchedulerOutput, cu_seqlens: list[int]) -> dict[str, torch.Tensor]:
-    rows, temperatures = [], []
-    draws: list[tuple[int, int, int, int, int]] = []
-    for item, end in zip(plan.scheduled, cu_seqlens[1:], strict=True):
-        if not item.samples:
-            continue
-        params = item.request.params
-        for sample in item.samples:
-            position = len(sample.token_ids) - sample.num_prompt_tokens
-            draws.append((len(rows), _signed(sample.seed), position, sample.index, params.is_greedy))
-        rows.append(end - 1)
-        temperatures.append(params.logprob_temperature)
-    return {
-        "sampled_rows": torch.tensor(rows, dtype=torch.int64),
-        "temperature": torch.tensor(temperatures, dtype=torch.float32),
-        "draws": torch.tensor(draws, dtype=torch.int64).reshape(-1, 5).T.contiguous(),
-    }
-
-
-def _signed(seed: int) -> int:
-    """The same 64 bits as a signed number, as int64 tensors hold them."""
-    return seed - 2**64 if seed >= 2**63 else seed

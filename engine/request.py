@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from engine.detokenizer import Detokenizer, Tokenizer
+from engine.draw_key import pack_draw_key
 from engine.outputs import Completion, FinishReason
 from engine.sampling_params import SamplingParams
 
@@ -40,6 +41,7 @@ class Request:
 
     token_ids: list[int] = field(init=False, repr=False)  # prompt, then output
     num_prompt_tokens: int = field(init=False)
+    draw_key: bytes = field(init=False, repr=False)
     num_computed_tokens: int = 0  # tokens whose keys and values are stored, the step under way included
     num_cached_tokens: int = 0  # of these, not computed for this request but found
     block_ids: list[int] = field(default_factory=list, repr=False)
@@ -56,6 +58,7 @@ class Request:
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
         self.num_prompt_tokens = len(self.prompt_token_ids)
+        self.draw_key = pack_draw_key(self.params, self.seed, self.index)
 
     @classmethod
     def create_group(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from engine.input_batch import InputBatch
 from engine.model import PackedLinear
+from engine.sampling_batch import SamplingBatch
 from kernels.logprobs import sample
 
 
@@ -15,12 +15,12 @@ class Sampler:
     def __init__(self, lm_head: PackedLinear) -> None:
         self.lm_head = lm_head
 
-    def __call__(self, hidden_TD: torch.Tensor, batch: InputBatch) -> tuple[list[int], list[float]]:
+    def __call__(self, hidden_TD: torch.Tensor, batch: SamplingBatch) -> tuple[list[int], list[float]]:
         """(token ids, log-probabilities) in the order of the plan's samples; the latter are exactly float32."""
-        if not batch.sampled_rows.numel():
+        if not batch.rows.numel():
             return [], []
-        if batch.sampled_rows.numel() < batch.num_rows:
-            hidden_TD = hidden_TD.index_select(0, batch.sampled_rows)
+        if batch.rows.numel() < hidden_TD.shape[0]:
+            hidden_TD = hidden_TD.index_select(0, batch.rows)
         row, seed, position, index, is_greedy = batch.draws
         token_ids, logprobs = sample(
             hidden_TD, self.lm_head.packed, self.lm_head.num_outputs, batch.temperature, row, seed, position, index,
