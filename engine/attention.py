@@ -28,8 +28,8 @@ class Attention(Protocol):
 class PagedAttention:
     """The engine's metadata: keys and values live in the blocks of the KV pool."""
 
-    key_blocks: torch.Tensor  # [L, P, K, H, S] float32
-    value_blocks: torch.Tensor  # [L, P, K, S, H] float32
+    key_blocks: torch.Tensor  # [L, P, K, H, S] float32 or bfloat16
+    value_blocks: torch.Tensor  # [L, P, K, S, H] of the same type
     block_tables: torch.Tensor  # [B, max_blocks] int32
     cu_seqlens_q: torch.Tensor  # [B + 1] int32, first row of each request
     seq_lens: torch.Tensor  # [B] int32, positions of each request with this step's rows
@@ -59,13 +59,16 @@ class PackedAttention:
     scale: float
 
     @classmethod
-    def from_segments(cls, config: ModelConfig, segments: Sequence[Segment]) -> PackedAttention:
+    def from_segments(
+        cls, config: ModelConfig, segments: Sequence[Segment], kv_dtype: torch.dtype = torch.float32
+    ) -> PackedAttention:
         """Lays out a packed batch whose rows are covered by `segments` in order, children right after their parent.
 
+        kv_dtype: in what keys and values are kept; the engine's, for equal bits.
         Raises ValueError where the segments leave a gap or a parent does not directly precede its children.
         """
         runs = [(s.start_row, s.end_row, -1 if s.parent is None else s.parent) for s in segments]
-        return cls(plan=PackedPlan(runs), scale=config.head_dim**-0.5)
+        return cls(plan=PackedPlan(runs, kv_dtype=kv_dtype), scale=config.head_dim**-0.5)
 
     def __call__(self, layer: int, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> torch.Tensor:
         return packed_attention(q_TNH, k_TKH, v_TKH, self.plan, self.scale)

@@ -6,14 +6,14 @@ import difflib
 import logging
 import os
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 from engine.model_config import ModelConfig
 
 __all__ = ["EngineConfig", "ModelConfig", "reject_unknown_options"]
 
-Numerics = Literal["auto", "float32"]
-KVCacheDtype = Literal["auto", "float32"]
+Numerics = Literal["auto", "float32", "bfloat16", "bfloat16-dot"]
+KVCacheDtype = Literal["auto", "float32", "bfloat16"]
 Device = Literal["auto", "cpu"]
 
 BLOCK_SIZE_MULTIPLE = 16  # the attention kernels' lanes run over this many slots
@@ -30,8 +30,8 @@ class EngineConfig:
 
     model: str  # a Hugging Face directory, a .gguf file, "smollm2-135m-instruct" (packaged), or a hub id
     _: KW_ONLY
-    numerics: Numerics = "auto"  # the numerics profile; "auto" is float32
-    kv_cache_dtype: KVCacheDtype = "auto"  # "auto" follows numerics
+    numerics: Numerics = "auto"  # the numerics profile (docs/numerics.md); "auto" is float32
+    kv_cache_dtype: KVCacheDtype = "auto"  # follows numerics: float32, or bfloat16 with the bfloat16 profiles
     device: Device = "auto"
     num_threads: int | None = None  # kernel threads; None becomes the number of cores this process may use
     block_size: int = 16  # tokens in one KV block, a multiple of 16
@@ -58,8 +58,8 @@ class EngineConfig:
         self._check_ranges()
 
     def _check_choices(self) -> None:
-        _require_choice("numerics", self.numerics, ("auto", "float32"))
-        _require_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto", "float32"))
+        _require_choice("numerics", self.numerics, get_args(Numerics))
+        _require_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto", self.profile_name.removesuffix("-dot")))
         _require_choice("device", self.device, ("auto", "cpu"))
         _require_choice("async_scheduling", self.async_scheduling, ("auto", False))
         _require_choice("num_scheduler_steps", self.num_scheduler_steps, (1,))
@@ -80,6 +80,11 @@ class EngineConfig:
                 f"num_blocks={self.num_blocks} and kv_cache_memory_bytes={self.kv_cache_memory_bytes} both size the "
                 "KV pool: give one of them"
             )
+
+    @property
+    def profile_name(self) -> str:
+        """The numerics profile in force."""
+        return "float32" if self.numerics == "auto" else self.numerics
 
     def resolve_max_model_len(self, model_config: ModelConfig) -> int:
         """The longest prompt + completion, in tokens: as asked for, or all that the model can do.

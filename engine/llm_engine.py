@@ -41,15 +41,14 @@ class LLMEngine:
 
     def __init__(self, config: EngineConfig) -> None:
         kernels.set_num_threads(config.num_threads)
-        kernels.self_test()
-        self.kernel_fingerprint: str = kernels.fingerprint("float32")
+        self.kernel_fingerprint: str = kernels.fingerprint(config.profile_name)
         directory = resolve_model(config.model)
         self.model_config = ModelConfig.from_directory(directory)
         self.tokenizer = load_tokenizer(directory)
         self.max_model_len = config.resolve_max_model_len(self.model_config)
         num_blocks = resolve_num_blocks(config, self.model_config, self.max_model_len)
         self.config = replace(config, max_model_len=self.max_model_len)
-        self.model_runner = ModelRunner(self.model_config, num_blocks, config.block_size)
+        self.model_runner = ModelRunner(self.model_config, config.profile_name, num_blocks, config.block_size)
         self.weights_checksum = self.model_runner.load_weights(iter_weights(directory), policy_version=0)
         block_pool = BlockPool(num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(self.config, block_pool, self.weights_checksum)

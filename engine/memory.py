@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 
+import torch
+
 from engine.config import EngineConfig
 from engine.model_config import ModelConfig
+from kernels.profiles import get_profile
 
 DEFAULT_KV_CACHE_BYTES = 4 * 2**30
 MAX_MEMORY_SHARE = 0.25  # of the machine's memory, where nothing was asked for: several engines may share it
-_BYTES_PER_VALUE = 4  # float32
 
 
-def block_bytes(model_config: ModelConfig, block_size: int) -> int:
+def block_bytes(model_config: ModelConfig, block_size: int, kv_dtype: torch.dtype) -> int:
     """Bytes of one KV block: keys and values of block_size tokens in all layers."""
     width = model_config.num_kv_heads * model_config.head_dim
-    return 2 * model_config.num_layers * width * block_size * _BYTES_PER_VALUE
+    return 2 * model_config.num_layers * width * block_size * kv_dtype.itemsize
 
 
 def resolve_num_blocks(config: EngineConfig, model_config: ModelConfig, max_model_len: int) -> int:
@@ -26,7 +28,7 @@ def resolve_num_blocks(config: EngineConfig, model_config: ModelConfig, max_mode
     """
     if config.num_blocks is not None:
         return config.num_blocks
-    size = block_bytes(model_config, config.block_size)
+    size = block_bytes(model_config, config.block_size, get_profile(config.profile_name).kv_dtype)
     if config.kv_cache_memory_bytes is not None:
         if config.kv_cache_memory_bytes < size:
             raise ValueError(

@@ -19,6 +19,7 @@ from kernels.activation import silu_and_mul
 from kernels.attention import check_attention_shape
 from kernels.checksum import combine_digests, digest_and_scan
 from kernels.linear import embedding, linear, pack_rows, packed_shape, unpack_rows
+from kernels.profiles import Profile, get_profile
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rotary import rotary, rotary_table
 from kernels.storage import empty_storage
@@ -31,15 +32,18 @@ EMBEDDING, LM_HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", 
 class PackedLinear(nn.Module):
     """A matrix [N, K] in packed storage; with a master where it is trained and a bias where the model has one."""
 
-    def __init__(self, num_outputs: int, num_inputs: int, *, has_bias: bool = False, with_master: bool) -> None:
+    def __init__(
+        self, num_outputs: int, num_inputs: int, profile: Profile, *, has_bias: bool = False, with_master: bool
+    ) -> None:
         super().__init__()
-        self.num_outputs, self.num_inputs = num_outputs, num_inputs
-        self.register_buffer("packed", empty_storage(*packed_shape(num_outputs, num_inputs)).zero_(), persistent=False)
+        self.num_outputs, self.num_inputs, self.is_dot = num_outputs, num_inputs, profile.is_dot
+        shape = packed_shape(num_outputs, num_inputs, profile.weight_dtype)
+        self.register_buffer("packed", empty_storage(*shape, dtype=profile.weight_dtype).zero_(), persistent=False)
         self.master = nn.Parameter(torch.empty(num_outputs, num_inputs)) if with_master else None
         self.bias = nn.Parameter(torch.zeros(num_outputs), requires_grad=with_master) if has_bias else None
 
     def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return linear(x_TK, self.packed, self.num_outputs, self.bias, self.master)
+        return linear(x_TK, self.packed, self.num_outputs, self.bias, self.master, self.is_dot)
 
     def embed(self, ids_T: torch.Tensor) -> torch.Tensor:
         """Rows of the matrix, [T, K]."""
@@ -80,13 +84,15 @@ class RMSNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, *, with_masters: bool) -> None:
+    def __init__(self, config: ModelConfig, layer: int, profile: Profile, *, with_masters: bool) -> None:
         super().__init__()
         self.layer, self.config = layer, config
         num_qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        self.qkv = PackedLinear(num_qkv, config.hidden_size, has_bias=config.attention_bias, with_master=with_masters)
+        self.qkv = PackedLinear(
+            num_qkv, config.hidden_size, profile, has_bias=config.attention_bias, with_master=with_masters
+        )
         self.output = PackedLinear(
-            config.hidden_size, config.num_heads * config.head_dim,
+            config.hidden_size, config.num_heads * config.head_dim, profile,
             has_bias=config.attention_output_bias, with_master=with_masters,
         )  # fmt: skip
         if config.has_qk_norm:
@@ -113,22 +119,22 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, config: ModelConfig, *, with_masters: bool) -> None:
+    def __init__(self, config: ModelConfig, profile: Profile, *, with_masters: bool) -> None:
         super().__init__()
-        self.gate_up = PackedLinear(2 * config.intermediate_size, config.hidden_size, with_master=with_masters)
-        self.down = PackedLinear(config.hidden_size, config.intermediate_size, with_master=with_masters)
+        self.gate_up = PackedLinear(2 * config.intermediate_size, config.hidden_size, profile, with_master=with_masters)
+        self.down = PackedLinear(config.hidden_size, config.intermediate_size, profile, with_master=with_masters)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         return self.down(silu_and_mul(self.gate_up(x_TD)))
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, *, with_masters: bool) -> None:
+    def __init__(self, config: ModelConfig, layer: int, profile: Profile, *, with_masters: bool) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, trainable=with_masters)
-        self.attention = SelfAttention(config, layer, with_masters=with_masters)
+        self.attention = SelfAttention(config, layer, profile, with_masters=with_masters)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, trainable=with_masters)
-        self.feed_forward = FeedForward(config, with_masters=with_masters)
+        self.feed_forward = FeedForward(config, profile, with_masters=with_masters)
 
     def forward(
         self,
@@ -172,23 +178,25 @@ class _WeightSlot:
 class Transformer(nn.Module):
     """A dense decoder (Llama, SmolLM, Mistral, Qwen2, Qwen3), as its config describes it.
 
+    numerics: name of the profile, which fixes the type of the packed matrices and how products with them are summed.
     with_masters: float32 parameters [N, K] beside the packed storage, for a trainer; without, nothing takes gradients.
     Raises ValueError for sizes that the kernels do not take.
     """
 
-    def __init__(self, config: ModelConfig, with_masters: bool = False) -> None:
+    def __init__(self, config: ModelConfig, numerics: str = "float32", *, with_masters: bool = False) -> None:
         super().__init__()
         check_attention_shape(config.head_dim, block_size=16)
-        self.config = config
-        self.embedding = PackedLinear(config.vocab_size, config.hidden_size, with_master=with_masters)
+        self.config, self.profile = config, get_profile(numerics)
+        profile = self.profile
+        self.embedding = PackedLinear(config.vocab_size, config.hidden_size, profile, with_master=with_masters)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, with_masters=with_masters) for layer in range(config.num_layers)
+            DecoderLayer(config, layer, profile, with_masters=with_masters) for layer in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, trainable=with_masters)
         self.lm_head = (
             self.embedding
             if config.tie_word_embeddings
-            else PackedLinear(config.vocab_size, config.hidden_size, with_master=with_masters)
+            else PackedLinear(config.vocab_size, config.hidden_size, profile, with_master=with_masters)
         )
         table = rotary_table(config.context_length, config.head_dim, config.rope_theta)
         self.register_buffer("rotary_table", table, persistent=False)

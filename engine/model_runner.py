@@ -19,15 +19,16 @@ from kernels.storage import empty_storage
 class ModelRunner:
     """Executes steps on the CPU. Storage of weights and KV is allocated once and never moves."""
 
-    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int) -> None:
+    def __init__(self, config: ModelConfig, numerics: str, num_blocks: int, block_size: int) -> None:
         check_attention_shape(config.head_dim, block_size)
         self.config, self.block_size = config, block_size
-        self.model = Transformer(config)
+        self.model = Transformer(config, numerics)
         self.sampler = Sampler(self.model.lm_head)
         self.policy_version = 0
         # Keys, then values: [2, L, P, K * H * S]. Unwritten pages of it cost no memory.
+        kv_dtype = self.model.profile.kv_dtype
         width = config.num_kv_heads * config.head_dim * block_size
-        self.kv_storage = empty_storage(2, config.num_layers, num_blocks, width)
+        self.kv_storage = empty_storage(2, config.num_layers, num_blocks, width, dtype=kv_dtype)
         shape = (config.num_layers, num_blocks, config.num_kv_heads, config.head_dim, block_size)
         self.key_blocks = self.kv_storage[0].view(shape)
         self.value_blocks = self.kv_storage[1].view(*shape[:3], block_size, config.head_dim)

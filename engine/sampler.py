@@ -24,6 +24,6 @@ class Sampler:
         row, seed, position, index, is_greedy = batch.draws
         token_ids, logprobs = sample(
             hidden_TD, self.lm_head.packed, self.lm_head.num_outputs, batch.temperature, row, seed, position, index,
-            is_greedy.to(torch.uint8),
+            is_greedy.to(torch.uint8), self.lm_head.is_dot,
         )  # fmt: skip
         return token_ids.tolist(), logprobs.tolist()

@@ -24,8 +24,8 @@ from kernels.rotary import MAX_POSITIONS, rotary, rotary_table
 CONTRACT_VERSION = 1  # of docs/numerics.md; a change that moves a bit raises it
 SELF_TEST_DIGESTS = {  # by profile; the same on every processor and in every build of the kernels
     "float32": "74307171a630a603b825ab98579d1018",
-    "bfloat16": "",
-    "bfloat16-dot": "",
+    "bfloat16": "4d505e74ab8386462f697953f104fb4f",
+    "bfloat16-dot": "da5e259db9aa65911c06b6576663c1b3",
 }
 
 
@@ -94,22 +94,22 @@ def _outputs(profile: Profile) -> Iterator[torch.Tensor]:
     table = rotary_table(300, 32, 1e5)
     yield table
     yield rotary(_numbers(5, 3, 32, seed=9), torch.tensor([0, 1, 77, 256, 299]), table)
-    yield from _attention_outputs()
+    yield from _attention_outputs(profile)
     yield from _logprob_outputs(profile)
 
 
-def _attention_outputs() -> Iterator[torch.Tensor]:
+def _attention_outputs(profile: Profile) -> Iterator[torch.Tensor]:
     q, scale = _numbers(24, 6, 80, seed=10, low=-3, high=1), 1 / math.sqrt(80)
     k, v = _numbers(280, 2, 80, seed=11, low=-3, high=1), _numbers(280, 2, 80, seed=12)
-    keys = torch.full((20, 2, 80, 16), math.nan, dtype=torch.float32)
-    values = torch.full((20, 2, 16, 80), math.nan, dtype=torch.float32)
+    keys = torch.full((20, 2, 80, 16), math.nan, dtype=profile.kv_dtype)
+    values = torch.full((20, 2, 16, 80), math.nan, dtype=profile.kv_dtype)
     table = torch.arange(18) * 7 % 19
     kv_store(k, v, keys, values, table[torch.arange(280) // 16] * 16 + torch.arange(280) % 16)
     tables = table.int().expand(3, 18).contiguous()  # one sequence at three of its lengths
     starts, lengths = torch.tensor([0, 11, 23, 24]).int(), torch.tensor([11, 262, 280]).int()
     for window in (0, 100):
         yield paged_attention(q, keys, values, tables, starts, lengths, scale, window)
-    plan = PackedPlan([(0, 10, -1), (10, 19, 0), (19, 20, 0), (20, 24, -1)])
+    plan = PackedPlan([(0, 10, -1), (10, 19, 0), (19, 20, 0), (20, 24, -1)], kv_dtype=profile.kv_dtype)
     yield packed_attention(q, k[:24], v[:24], plan, scale)
 
 

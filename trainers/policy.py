@@ -36,15 +36,17 @@ class ForwardBackwardOutput:
 class Policy:
     """A model in training.
 
-    model: a directory, hub id or GGUF file, as EngineConfig takes it. num_threads: CPU threads for both our kernels
-    and torch's (the backward's matrix products); None takes every core this process may use. The learning rate rises
-    linearly over warmup_steps, the first step taking 1 / warmup_steps of it.
+    model: a directory, hub id or GGUF file, as EngineConfig takes it. numerics: the profile of the forward pass, which
+    must be the engine's; masters, gradients and optimiser are float32 in each. num_threads: CPU threads for both our
+    kernels and torch's; None takes every core this process may use. The learning rate rises linearly over warmup_steps,
+    the first step taking 1 / warmup_steps of it.
     """
 
     def __init__(
         self,
         model: str,
         *,
+        numerics: str = "float32",
         learning_rate: float = 3e-6,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
@@ -55,11 +57,10 @@ class Policy:
         self.num_threads = num_threads or available_cores()
         kernels.set_num_threads(self.num_threads)
         torch.set_num_threads(self.num_threads)
-        kernels.self_test()
-        self.kernel_fingerprint: str = kernels.fingerprint("float32")
+        self.kernel_fingerprint: str = kernels.fingerprint(numerics)
         self.directory = resolve_model(model)
         self.tokenizer = load_tokenizer(self.directory)
-        self.model = load_transformer(self.directory, with_masters=True)
+        self.model = load_transformer(self.directory, numerics, with_masters=True)
         self.learning_rate, self.warmup_steps, self.max_grad_norm = learning_rate, warmup_steps, max_grad_norm
         self.accelerator = Accelerator(cpu=True)
         self.optimizer = self.accelerator.prepare(
@@ -144,19 +145,21 @@ class Policy:
         return self.learning_rate * min(1.0, (self.policy_version + 1) / max(1, self.warmup_steps))
 
 
-def load_transformer(directory: Path, with_masters: bool) -> Transformer:
+def load_transformer(directory: Path, numerics: str, with_masters: bool) -> Transformer:
     """The model of a directory, with float32 masters to train or with packed weights alone."""
-    model = Transformer(ModelConfig.from_directory(directory), with_masters=with_masters)
+    model = Transformer(ModelConfig.from_directory(directory), numerics, with_masters=with_masters)
     model.load_weights(iter_weights(directory))
     return model
 
 
 def packed_logprobs(model: Transformer, batch: PackedBatch) -> torch.Tensor:
     """Log-probabilities of a packed batch's targets, [C] float32; the logits of the batch never exist at once."""
-    attention = PackedAttention.from_segments(model.config, batch.segments)
+    attention = PackedAttention.from_segments(model.config, batch.segments, model.profile.kv_dtype)
     hidden_TD = model(batch.input_ids, batch.positions, attention)
     hidden_CD, head = hidden_TD.index_select(0, batch.target_rows), model.lm_head
-    return token_logprobs(hidden_CD, head.packed, head.num_outputs, batch.target_ids, batch.temperature, head.master)
+    return token_logprobs(
+        hidden_CD, head.packed, head.num_outputs, batch.target_ids, batch.temperature, head.master, head.is_dot
+    )
 
 
 def _chunks(

@@ -23,11 +23,12 @@ from trainers.policy import Policy, load_transformer, packed_logprobs
 class TrainerActor:
     """Holds the Policy; `start_trainer_actor` puts it into a Ray actor."""
 
-    def __init__(self, model: str, config: GRPOConfig, pool: PoolHandle) -> None:
-        """model: as EngineConfig.model. pool: what RolloutPool.handle() gave, for sync()."""
+    def __init__(self, model: str, numerics: str, config: GRPOConfig, pool: PoolHandle) -> None:
+        """model, numerics: as the engines have them. pool: what RolloutPool.handle() gave, for sync()."""
         self.config, self.pool = config, pool
         self.policy = Policy(
             model,
+            numerics=numerics,
             learning_rate=config.learning_rate,
             betas=config.betas,
             weight_decay=config.weight_decay,
@@ -35,7 +36,9 @@ class TrainerActor:
             warmup_steps=config.warmup_steps,
             num_threads=config.num_threads,
         )
-        self.reference = load_transformer(self.policy.directory, with_masters=False) if config.kl_coef else None
+        self.reference = (
+            load_transformer(self.policy.directory, numerics, with_masters=False) if config.kl_coef else None
+        )
         self.num_skipped_steps = 0
 
     def step(
@@ -182,4 +185,4 @@ def start_trainer_actor(config: GRPOConfig, pool: PoolHandle) -> Any:
     """
     environment = actor_env(config.num_threads or available_cores())
     actor_class = ray.remote(num_cpus=0, runtime_env=environment)(TrainerActor)
-    return actor_class.remote(pool.config.model, config, pool)
+    return actor_class.remote(pool.config.model, pool.config.profile_name, config, pool)

@@ -75,7 +75,8 @@ def test_unknown_option_names_the_nearest_and_all_others():
         ("long_prefill_token_threshold", -1),
         ("seed", -1),
         ("seed", 2**64),
-        ("numerics", "bfloat16"),
+        ("numerics", "float16"),
+        ("kv_cache_dtype", "bfloat16"),  # with numerics float32
         ("kv_cache_dtype", "fp8"),
         ("device", "cuda"),
         ("async_scheduling", True),

@@ -7,21 +7,24 @@ import pytest
 import torch
 
 import kernels
-from kernels.fingerprint import KV_DTYPES, SELF_TEST_DIGESTS, fingerprint, self_test, self_test_digest
+from kernels.fingerprint import SELF_TEST_DIGESTS, fingerprint, self_test, self_test_digest
 from kernels.library import set_num_threads
+from kernels.profiles import PROFILES
 
 _MODULE = sys.modules["kernels.fingerprint"]
 
 
-def test_this_machine_computes_the_recorded_bits():
-    self_test()
-    assert self_test_digest() == SELF_TEST_DIGESTS["float32"]
+@pytest.mark.parametrize("profile", PROFILES)
+def test_this_machine_computes_the_recorded_bits(profile):
+    self_test(profile)
+    assert self_test_digest(profile) == SELF_TEST_DIGESTS[profile]
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 4])
-def test_threads_are_no_part_of_it(num_threads):
+@pytest.mark.parametrize("profile", PROFILES)
+def test_threads_are_no_part_of_it(profile, num_threads):
     set_num_threads(num_threads)
-    assert self_test_digest() == SELF_TEST_DIGESTS["float32"]
+    assert self_test_digest(profile) == SELF_TEST_DIGESTS[profile]
 
 
 def test_settings_of_torch_are_no_part_of_it():
@@ -48,10 +51,11 @@ def _fresh():
 def test_fingerprint_changes_with_what_fixes_the_bits(monkeypatch):
     seen = {fingerprint("float32")}
     assert fingerprint() in seen
+    seen.update(fingerprint(profile) for profile in PROFILES)
+    assert len(seen) == len(PROFILES)
     assert all(len(value) == 32 and int(value, 16) >= 0 for value in seen)
     changes = [
         (_MODULE, "CONTRACT_VERSION", 2),
-        (_MODULE, "KV_DTYPES", {**KV_DTYPES, "float32": "bfloat16"}),
         (_MODULE.reference, "KEY_CHUNK", 512),
     ]
     for module, name, value in changes:
@@ -59,7 +63,7 @@ def test_fingerprint_changes_with_what_fixes_the_bits(monkeypatch):
             patch.setattr(module, name, value)
             fingerprint.cache_clear()
             seen.add(fingerprint("float32"))
-    assert len(seen) == 1 + len(changes)
+    assert len(seen) == len(PROFILES) + len(changes)
 
 
 @pytest.mark.usefixtures("_fresh")
@@ -86,7 +90,7 @@ def test_torch_linear_in_place_of_ours_is_refused(monkeypatch):
     def remember(packed, rows, first_row=0):
         weights[packed.data_ptr()] = rows
 
-    def torch_linear(x, packed, num_outputs, bias=None):
+    def torch_linear(x, packed, num_outputs, bias, is_dot):
         return torch.nn.functional.linear(x, weights[packed.data_ptr()], bias)
 
     monkeypatch.setattr(_MODULE, "pack_rows", remember)
@@ -96,7 +100,7 @@ def test_torch_linear_in_place_of_ours_is_refused(monkeypatch):
 
 
 def test_unknown_profile_is_named():
-    with pytest.raises(ValueError, match="profile='float16' must be one of: float32"):
+    with pytest.raises(ValueError, match="profile='float16' must be one of: float32, bfloat16, bfloat16-dot"):
         fingerprint("float16")
 
 

@@ -1,8 +1,9 @@
-"""One source, several builds: AVX-512, AVX2 and plain C give the same bits. Run as a script, it prints its digests."""
+"""One source, several builds: AVX-512 (with and without bfloat16), AVX2 and plain C give the same bits. Run as a script, it prints its digests."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -26,12 +27,20 @@ from kernels.fingerprint import fingerprint
 from kernels.library import instruction_set, set_num_threads
 from kernels.linear import linear
 from kernels.logprobs import sample, token_logprobs
+from kernels.profiles import PROFILES
 from kernels.rms_norm import rms_norm
 
 
 def _linear():
-    for width in (1, 72, 576, 1024):
-        yield linear(spread(19, width, seed=1), pack(spread(130, width, seed=2)), 130)
+    for profile, width in itertools.product(PROFILES.values(), (2, 72, 576, 1024)):
+        weight = spread(130, width, seed=2).to(profile.weight_dtype)
+        yield linear(spread(19, width, seed=1), pack(weight), 130, is_dot=profile.is_dot)
+
+
+def _subnormals():
+    weight = (spread(130, 72, seed=17, low=-70, high=-50)).bfloat16()
+    for is_dot in (False, True):
+        yield linear(spread(19, 72, seed=16, low=-80, high=-60), pack(weight), 130, is_dot=is_dot)
 
 
 def _rows():
@@ -43,10 +52,11 @@ def _rows():
 
 
 def _attention():
-    for heads, kv_heads, width, window in ((4, 2, 16, 0), (3, 1, 80, 0), (2, 2, 128, 33)):
+    shapes = ((4, 2, 16, 0), (3, 1, 80, 0), (2, 2, 128, 33))
+    for (heads, kv_heads, width, window), kv_dtype in itertools.product(shapes, (torch.float32, torch.bfloat16)):
         shape = (300, heads, width), (300, kv_heads, width), (300, kv_heads, width)
         inputs = [spread(*s, seed=8 + i, low=-3, high=1).requires_grad_() for i, s in enumerate(shape)]
-        plan = PackedPlan([(0, 200, -1), (200, 270, 0), (270, 280, 0), (280, 300, -1)])
+        plan = PackedPlan([(0, 200, -1), (200, 270, 0), (270, 280, 0), (280, 300, -1)], kv_dtype=kv_dtype)
         out = packed_attention(*inputs, plan, width**-0.5, window)
         out.backward(spread(*shape[0], seed=12))
         yield from (out.detach(), *(t.grad for t in inputs))
@@ -56,14 +66,17 @@ def _logprobs():
     hidden, weight = spread(20, 72, seed=13, low=-2, high=2), spread(337, 72, seed=14, low=-6, high=-1)
     temperature, number = torch.linspace(0.3, 3.0, 20), torch.arange(2000)
     greedy = (number % 7 == 0).to(torch.uint8)
-    yield from sample(hidden, pack(weight), 337, temperature, number % 20, number << 30, number, number % 8, greedy)
-    yield token_logprobs(hidden, pack(weight), 337, number[:20], temperature)
+    for profile in PROFILES.values():
+        head = hidden, pack(weight.to(profile.weight_dtype)), 337
+        draws = number % 20, number << 30, number, number % 8, greedy
+        yield from sample(*head, temperature, *draws, profile.is_dot)
+        yield token_logprobs(*head, number[:20], temperature, is_dot=profile.is_dot)
 
 
 def _digests() -> dict[str, str]:
     set_num_threads(2)
-    digests = {"instruction_set": instruction_set(), "fingerprint": fingerprint("float32")}
-    for make in (_linear, _rows, _attention, _logprobs):
+    digests = {"instruction_set": instruction_set(), **{profile: fingerprint(profile) for profile in PROFILES}}
+    for make in (_linear, _subnormals, _rows, _attention, _logprobs):
         joined = b"".join(t.contiguous().numpy().tobytes() for t in make())
         digests[make.__name__] = hashlib.blake2b(joined, digest_size=16).hexdigest()
     digests["weights"] = tensor_digest(spread(1000, seed=15)).hex()

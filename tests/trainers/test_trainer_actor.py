@@ -36,7 +36,7 @@ def engine(model) -> LLMEngine:
 
 @pytest.fixture
 def start(model, engine):
-    return lambda **changes: TrainerActor(model, dataclasses.replace(CONFIG, **changes), OneEngine(engine))
+    return lambda **changes: TrainerActor(model, "float32", dataclasses.replace(CONFIG, **changes), OneEngine(engine))
 
 
 @pytest.fixture
