@@ -43,10 +43,14 @@ def _rows():
 
 
 def _attention():
-    for heads, kv_heads, width, window in ((4, 2, 16, 0), (3, 1, 80, 0), (2, 2, 128, 33)):
+    for heads, kv_heads, width, window, kv_dtype in (
+        (4, 2, 16, 0, torch.float32),
+        (3, 1, 80, 0, torch.bfloat16),
+        (2, 2, 128, 33, torch.float32),
+    ):
         shape = (300, heads, width), (300, kv_heads, width), (300, kv_heads, width)
         inputs = [spread(*s, seed=8 + i, low=-3, high=1).requires_grad_() for i, s in enumerate(shape)]
-        plan = PackedPlan([(0, 200, -1), (200, 270, 0), (270, 280, 0), (280, 300, -1)])
+        plan = PackedPlan([(0, 200, -1), (200, 270, 0), (270, 280, 0), (280, 300, -1)], kv_dtype=kv_dtype)
         out = packed_attention(*inputs, plan, width**-0.5, window)
         out.backward(spread(*shape[0], seed=12))
         yield from (out.detach(), *(t.grad for t in inputs))
