@@ -36,7 +36,8 @@ def kv_store(
 ) -> None:
     """Writes rows of k and v into slots, in place: row `rows[i]` goes to slot_mapping[i] = block * S + slot.
 
-    Bfloat16 blocks get the nearest bfloat16, ties to even. slot_mapping and rows are int64; rows None stands for 0, 1, 2, ... k and v may be strided over rows.
+    Bfloat16 blocks get the nearest bfloat16, ties to even.
+    slot_mapping and rows are int64; rows None stands for 0, 1, 2, ... k and v may be strided over rows.
     """
     _, num_kv_heads, head_dim, num_slots = key_blocks.shape
     k, v = _adjacent_heads(k_TKH), _adjacent_heads(v_TKH)
@@ -96,12 +97,13 @@ def _attention(q, key_blocks, value_blocks, tables, starts, lengths, scale, wind
     out = q.new_empty(num_rows, num_heads, head_dim)
     failed = library().ls_attention(
         q.data_ptr(), q.stride(0), key_blocks.data_ptr(), value_blocks.data_ptr(),
-        _is_bfloat16(key_blocks, value_blocks), tables.data_ptr(), starts.data_ptr(), lengths.data_ptr(), out.data_ptr(), None if row_max is None else row_max.data_ptr(),
+        _is_bfloat16(key_blocks, value_blocks), tables.data_ptr(), starts.data_ptr(), lengths.data_ptr(),
+        out.data_ptr(), None if row_max is None else row_max.data_ptr(),
         None if row_sum is None else row_sum.data_ptr(), lengths.shape[0], num_heads, num_kv_heads, head_dim, num_slots,
         tables.shape[1], window, scale,
     )  # fmt: skip
     if failed:
-        raise MemoryError("attention found no memory for its task list")
+        raise MemoryError("attention found no memory for its tasks")
     return out
 
 
