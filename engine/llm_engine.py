@@ -48,7 +48,7 @@ class LLMEngine:
         self.max_model_len = config.resolve_max_model_len(self.model_config)
         num_blocks = resolve_num_blocks(config, self.model_config, self.max_model_len)
         self.config = replace(config, max_model_len=self.max_model_len)
-        self.model_runner = ModelRunner(self.model_config, config.profile_name, num_blocks, config.block_size)
+        self.model_runner = ModelRunner(self.model_config, self.config, num_blocks)
         self.weights_checksum = self.model_runner.load_weights(iter_weights(directory), policy_version=0)
         block_pool = BlockPool(num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(self.config, block_pool, self.weights_checksum)

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 
 #include "exp_log.h"
+#include "ops.h"
 #include "pool.h"
 
 #define LS_CHUNK 256
