@@ -14,7 +14,7 @@
 #define LS_TILE_ROWS 48 /* (token, query head) pairs */
 #define LS_MAX_HEAD 256
 #define LS_MAX_SHARES 4
-#define LS_KEYS_PER_SHARE 128
+#define LS_KEYS_PER_SHARE 256
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -93,9 +93,10 @@ static float dot(const float *a, const float *b, int64_t H) {
 }
 
 static void transpose(const float *rows, int64_t stride, int64_t count, int64_t H, float *out) {
-    memset(out, 0, (size_t)(H * LS_TILE_KEYS) * sizeof(float));
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t d = 0; d < H; d++) out[d * LS_TILE_KEYS + i] = rows[i * stride + d];
+    for (int64_t d = 0; d < H; d++, out += LS_TILE_KEYS) {
+        for (int64_t i = 0; i < count; i++) out[i] = rows[i * stride + d];
+        for (int64_t i = count; i < LS_TILE_KEYS; i++) out[i] = 0.0f;
+    }
 }
 
 static void open_tile(const backward_job *j, int64_t kv_head, key_tile *t) {
@@ -176,8 +177,9 @@ static void visit_tile(const backward_job *j, int64_t kv_head, query_tile *t, co
     }
     if (begin >= end) return;
     int64_t columns = (end + 15) & ~(int64_t)15;
-    memset(t->p, 0, sizeof t->p);
-    memset(t->ds, 0, sizeof t->ds);
+    size_t used = (size_t)(t->padded * LS_TILE_KEYS) * sizeof(float);
+    memset(t->p, 0, used);
+    memset(t->ds, 0, used);
     multiply(t->padded, columns, t->q, H, keys->keys, LS_TILE_KEYS, H, t->p, LS_TILE_KEYS);
     multiply(t->padded, columns, t->grad, H, keys->values, LS_TILE_KEYS, H, t->ds, LS_TILE_KEYS);
     for (int64_t r = 0; r < t->padded; r++) weigh_row(j, t, r, from[r], to[r], columns);
