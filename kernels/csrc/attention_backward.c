@@ -67,18 +67,25 @@ typedef struct { /* some query rows of one segment and key-value head */
             LS_UNROLL for (int v = 0; v < VECTORS; v++) v16_store(c + r * ldc + 16 * v, s[r][v]);                      \
     }
 
+#if LS_TILE_VECTORS == 4
+#define LS_DEFINE_TILES(NAME, ROW, STEP)                                                   \
+    LS_DEFINE_MULTIPLY(NAME, 1, ROW, STEP) LS_DEFINE_MULTIPLY(NAME, 2, ROW, STEP)          \
+    LS_DEFINE_MULTIPLY(NAME, 3, ROW, STEP) LS_DEFINE_MULTIPLY(NAME, 4, ROW, STEP)
+#define LS_TILES(NAME) {NAME##_1, NAME##_2, NAME##_3, NAME##_4}
+#else
+#define LS_DEFINE_TILES(NAME, ROW, STEP) LS_DEFINE_MULTIPLY(NAME, 1, ROW, STEP)
+#define LS_TILES(NAME) {NAME##_1}
+#endif
+
 /* c[num_rows][num_columns] += A b, in register tiles of 4 rows; A is a, [num_rows][count], or transposed [count][..]. */
 #define LS_DEFINE_PRODUCT(NAME, ROW, STEP)                                                                             \
-    LS_DEFINE_MULTIPLY(NAME##_tile, 1, ROW, STEP)                                                                      \
-    LS_DEFINE_MULTIPLY(NAME##_tile, 2, ROW, STEP)                                                                      \
-    LS_DEFINE_MULTIPLY(NAME##_tile, 3, ROW, STEP)                                                                      \
-    LS_DEFINE_MULTIPLY(NAME##_tile, 4, ROW, STEP)                                                                      \
+    LS_DEFINE_TILES(NAME##_tile, ROW, STEP)                                                                            \
     static void NAME(int64_t num_rows, int64_t num_columns, const float *a, int64_t lda, const float *b, int64_t ldb,  \
                      int64_t count, float *c, int64_t ldc) {                                                           \
-        static void (*const tiles[])(const float *, int64_t, const float *, int64_t, int64_t, float *, int64_t) = {    \
-            NAME##_tile_1, NAME##_tile_2, NAME##_tile_3, NAME##_tile_4};                                               \
-        for (int64_t column = 0; column < num_columns; column += 64) {                                                 \
-            int64_t vectors = smaller(num_columns - column, 64) / 16;                                                  \
+        static void (*const tiles[])(const float *, int64_t, const float *, int64_t, int64_t, float *, int64_t) =      \
+            LS_TILES(NAME##_tile);                                                                                     \
+        for (int64_t column = 0; column < num_columns; column += 16 * LS_TILE_VECTORS) {                               \
+            int64_t vectors = smaller((num_columns - column) / 16, LS_TILE_VECTORS);                                   \
             for (int64_t r = 0; r < num_rows; r += 4)                                                                  \
                 tiles[vectors - 1](a + r * ROW, lda, b + column, ldb, count, c + r * ldc + column, ldc);               \
         }                                                                                                              \
