@@ -102,7 +102,7 @@ class SelfAttention(nn.Module):
         if self.config.has_qk_norm:
             qk_TXH = self._normed(qk_TXH)
         qk_TXH = rotary(qk_TXH, positions, table)
-        out_TNH = attention(self.layer, qk_TXH[:, :N], qk_TXH[:, N:], v_TKH)
+        out_TNH = attention(self.layer, qk_TXH[:, :N], qk_TXH[:, N:], v_TKH, self.config.window_of(self.layer))
         return self.output(out_TNH.view(-1, N * H))
 
     def _normed(self, qk_TXH: torch.Tensor) -> torch.Tensor:
@@ -190,7 +190,7 @@ class Transformer(nn.Module):
             if config.tie_word_embeddings
             else PackedLinear(config.vocab_size, config.hidden_size, with_master=with_masters)
         )
-        table = rotary_table(config.context_length, config.head_dim, config.rope_theta)
+        table = rotary_table(config.max_position_embeddings, config.head_dim, config.rope_theta)
         self.register_buffer("rotary_table", table, persistent=False)
         self._slots = dict(_weight_slots(self))
 
