@@ -108,7 +108,7 @@ class SelfAttention(nn.Module):
         if self.config.has_qk_norm:
             qk_TXH = head_norms(qk_TXH, self.q_norm.weight, self.k_norm.weight, N, self.config.rms_norm_eps)
         qk_TXH = rotary(qk_TXH, positions, table)
-        out_TNH = attention(self.layer, qk_TXH[:, :N], qk_TXH[:, N:], v_TKH)
+        out_TNH = attention(self.layer, qk_TXH[:, :N], qk_TXH[:, N:], v_TKH, self.config.window_of(self.layer))
         return self.output(out_TNH.view(-1, N * H))
 
 
@@ -192,7 +192,7 @@ class Transformer(nn.Module):
             if config.tie_word_embeddings
             else PackedLinear(config.vocab_size, config.hidden_size, profile, with_master=with_masters)
         )
-        table = rotary_table(config.context_length, config.head_dim, config.rope_theta)
+        table = rotary_table(config.max_position_embeddings, config.head_dim, config.rope_theta)
         self.register_buffer("rotary_table", table, persistent=False)
         self._slots = dict(_weight_slots(self))
 

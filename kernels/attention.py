@@ -209,12 +209,14 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, out, row_max, row_sum = ctx.saved_tensors
         grad = grad.contiguous()
-        dq, dk, dv = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+        dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
         plan = ctx.plan
-        library().ls_attention_backward(
+        failed = library().ls_attention_backward(
             q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), out.data_ptr(),
             grad.data_ptr(), row_max.data_ptr(), row_sum.data_ptr(), dq.data_ptr(), dk.data_ptr(), dv.data_ptr(),
             plan.segments.data_ptr(), plan.groups.data_ptr(), plan.groups.shape[0] - 1, q.shape[1], k.shape[1],
             q.shape[2], ctx.window, ctx.scale,
         )  # fmt: skip
+        if failed:
+            raise MemoryError("the backward pass of attention found no memory for its tasks")
         return dq, dk, dv, None, None, None

@@ -26,7 +26,7 @@ _SIGNATURES = {
     "ls_silu_and_mul_backward": (None, [_P, _P, _P, _I, _I]),
     "ls_attention": (ctypes.c_int, [_P, _I, _P, _P, _I, _P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _I, _F]),
     "ls_attention_backward": (
-        None,
+        ctypes.c_int,
         [_P, _I, _P, _I, _P, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _F],
     ),
     "ls_kv_store": (None, [_P, _I, _P, _I, _P, _P, _I, _P, _P, _I, _I, _I, _I]),

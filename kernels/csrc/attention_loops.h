@@ -9,21 +9,27 @@ typedef struct { /* where groups of 16 keys and values of one key-value head lie
 } LS_FOR_KV(groups);
 
 /* One group of 16 keys for a register tile of rows: scores[r][0..16) = ((a0 + a1) + (a2 + a3)) * scale, a_u the FMA chain
- * over d = u mod 4. */
+ * over d = u mod 4. As many chains at a time as there are registers for. */
 #define LS_DEFINE_SCORES(ROWS)                                                                                         \
     static void LS_FOR_KV(scores_##ROWS)(const float *const *q, const LS_KV *key, int64_t S, int64_t H, float scale,   \
                                          float *scores) {                                                              \
-        v16 a[ROWS][4], factor = v16_set1(scale);                                                                      \
-        LS_UNROLL for (int r = 0; r < ROWS; r++)                                                                                 \
-            LS_UNROLL for (int u = 0; u < 4; u++) a[r][u] = v16_zero();                                                          \
-        for (int64_t d = 0; d < H; d += 4)                                                                             \
-            LS_UNROLL for (int u = 0; u < 4; u++) {                                                                              \
-                v16 k = LS_LOAD_KV(key + (d + u) * S);                                                                 \
-                LS_UNROLL for (int r = 0; r < ROWS; r++) a[r][u] = v16_fma(v16_set1(q[r][d + u]), k, a[r][u]);         \
-            }                                                                                                          \
-        LS_UNROLL for (int r = 0; r < ROWS; r++)                                                                                 \
-            v16_store(scores + r * LS_SCORE_STRIDE,                                                                    \
-                      v16_mul(v16_add(v16_add(a[r][0], a[r][1]), v16_add(a[r][2], a[r][3])), factor));                 \
+        v16 chains[ROWS][4], factor = v16_set1(scale);                                                                 \
+        LS_UNROLL for (int first = 0; first < 4; first += LS_TILE_VECTORS) {                                           \
+            v16 a[ROWS][LS_TILE_VECTORS];                                                                              \
+            LS_UNROLL for (int r = 0; r < ROWS; r++)                                                                   \
+                LS_UNROLL for (int u = 0; u < LS_TILE_VECTORS; u++) a[r][u] = v16_zero();                              \
+            for (int64_t d = first; d < H; d += 4)                                                                     \
+                LS_UNROLL for (int u = 0; u < LS_TILE_VECTORS; u++) {                                                  \
+                    v16 k = LS_LOAD_KV(key + (d + u) * S);                                                             \
+                    LS_UNROLL for (int r = 0; r < ROWS; r++) a[r][u] = v16_fma(v16_set1(q[r][d + u]), k, a[r][u]);     \
+                }                                                                                                      \
+            LS_UNROLL for (int r = 0; r < ROWS; r++)                                                                   \
+                LS_UNROLL for (int u = 0; u < LS_TILE_VECTORS; u++) chains[r][first + u] = a[r][u];                    \
+        }                                                                                                              \
+        LS_UNROLL for (int r = 0; r < ROWS; r++) {                                                                     \
+            v16 sum = v16_add(v16_add(chains[r][0], chains[r][1]), v16_add(chains[r][2], chains[r][3]));               \
+            v16_store(scores + r * LS_SCORE_STRIDE, v16_mul(sum, factor));                                             \
+        }                                                                                                              \
     }
 
 /* out[r][0..16 VECTORS) += p[r][j] * value[j], one chain over j per output: keys [first, last) of each group of 16. */
@@ -48,10 +54,18 @@ typedef struct { /* where groups of 16 keys and values of one key-value head lie
             LS_UNROLL for (int v = 0; v < VECTORS; v++) v16_store(out + r * H + column + 16 * v, a[r][v]);                       \
     }
 
-#define LS_DEFINE_ROWS(ROWS)                               \
-    LS_DEFINE_SCORES(ROWS)                                 \
+#if LS_TILE_VECTORS == 4
+#define LS_DEFINE_ROWS(ROWS)                                \
+    LS_DEFINE_SCORES(ROWS)                                  \
     LS_DEFINE_WEIGHTED(ROWS, 1) LS_DEFINE_WEIGHTED(ROWS, 2) \
     LS_DEFINE_WEIGHTED(ROWS, 3) LS_DEFINE_WEIGHTED(ROWS, 4)
+#define LS_OF_ROWS(ROWS)                                                             \
+    {LS_FOR_KV(weighted_##ROWS##_1), LS_FOR_KV(weighted_##ROWS##_2),                 \
+     LS_FOR_KV(weighted_##ROWS##_3), LS_FOR_KV(weighted_##ROWS##_4)}
+#else
+#define LS_DEFINE_ROWS(ROWS) LS_DEFINE_SCORES(ROWS) LS_DEFINE_WEIGHTED(ROWS, 1)
+#define LS_OF_ROWS(ROWS) {LS_FOR_KV(weighted_##ROWS##_1)}
+#endif
 LS_DEFINE_ROWS(1)
 LS_DEFINE_ROWS(2)
 LS_DEFINE_ROWS(3)
@@ -70,14 +84,12 @@ static void LS_FOR_KV(scores)(int rows, const float *const *q, const LS_KV *key,
 /* All columns, in as few and as even register tiles as they allow: 80 = 48 + 32, 96 = 48 + 48, 128 = 64 + 64. */
 static void LS_FOR_KV(weighted)(int rows, const float *p, const LS_KV *const *groups, int num_groups, int first, int last,
                                 int64_t H, float *out) {
-#define LS_OF_ROWS(ROWS)                                                               \
-    {LS_FOR_KV(weighted_##ROWS##_1), LS_FOR_KV(weighted_##ROWS##_2),                   \
-     LS_FOR_KV(weighted_##ROWS##_3), LS_FOR_KV(weighted_##ROWS##_4)}
-    static void (*const by_shape[][4])(const float *, const LS_KV *const *, int, int, int, int64_t, int64_t, float *) = {
+    static void (*const by_shape[][LS_TILE_VECTORS])(const float *, const LS_KV *const *, int, int, int, int64_t,
+                                                     int64_t, float *) = {
         LS_OF_ROWS(1), LS_OF_ROWS(2), LS_OF_ROWS(3), LS_OF_ROWS(4), LS_OF_ROWS(5), LS_OF_ROWS(6)};
-#undef LS_OF_ROWS
     for (int64_t column = 0; column < H;) {
-        int64_t left = (H - column) / 16, vectors = left <= 4 ? left : left <= 6 ? 3 : 4;
+        int64_t left = (H - column) / 16, even = left <= 4 ? left : left <= 6 ? 3 : 4;
+        int64_t vectors = smaller(even, LS_TILE_VECTORS);
         by_shape[rows - 1][vectors - 1](p, groups, num_groups, first, last, column, H, out);
         column += 16 * vectors;
     }
@@ -190,6 +202,7 @@ static void LS_FOR_KV(visit_chunk)(const attention_job *j, const attention_task 
 #undef LS_DEFINE_SCORES
 #undef LS_DEFINE_WEIGHTED
 #undef LS_DEFINE_ROWS
+#undef LS_OF_ROWS
 #undef LS_KV
 #undef LS_LOAD_KV
 #undef LS_FOR_KV

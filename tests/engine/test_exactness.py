@@ -217,6 +217,8 @@ FAMILIES = [
     ("mistral", {}),
     ("qwen2", {"num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 300}),
     ("qwen3", {"head_dim": 32}),
+    ("mistral", {"sliding_window": 13}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 30, "max_window_layers": 1}),
 ]
 
 
