@@ -1,10 +1,8 @@
 /* Log-probabilities and sampling straight from hidden states: a panel of the vocabulary is reduced while it is in
  * registers, so logits are never written out. Both sides of the promise, engine and trainer, run this file. */
-#include <math.h>
-
-#include "exp_log.h"
 #include "panel.h"
 #include "pool.h"
+#include "vocabulary.h"
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -13,22 +11,6 @@ typedef struct {
     float *block_max, *block_sum;
     int64_t T, V, D, segments, num_blocks, chunk_rows, num_chunks;
 } stats_job;
-
-/* Exponentials e[64] of one vocabulary block; the block's maximum and its sum T16((e0 + e1) + (e2 + e3)). */
-static void reduce_block(float *z, int width, float temperature, float *highest, float *sum) {
-    v16 t = v16_set1(temperature), part[4], top = v16_set1(-INFINITY);
-    for (int v = 0; v < 4; v++) {
-        part[v] = v16_load(z + 16 * v);
-        if (temperature != 1.0f) part[v] = v16_div(part[v], t);
-        if (width < 16 * v + 16) part[v] = v16_keep(part[v], 0, width > 16 * v ? width - 16 * v : 0, -INFINITY);
-        v16_store(z + 16 * v, part[v]);
-        top = v16_max(top, part[v]);
-    }
-    *highest = v16_highest(top);
-    v16 m = v16_set1(*highest);
-    for (int v = 0; v < 4; v++) part[v] = v16_exp(v16_sub(part[v], m));
-    *sum = v16_sum(v16_add(v16_add(part[0], part[1]), v16_add(part[2], part[3])));
-}
 
 static void stats_tile(void *argument, int64_t tile) {
     const stats_job *j = argument;
@@ -54,19 +36,6 @@ void ls_vocab_stats(const float *x, const float *packed, const float *temperatur
     stats_job job = {x, packed, temperature, block_max, block_sum, T, V, D, ls_num_segments(D), num_blocks, chunk,
                      (T + chunk - 1) / chunk};
     ls_parallel(stats_tile, &job, num_blocks * job.num_chunks);
-}
-
-/* Philox4x32-10 (Salmon et al., 2011) under a 64-bit key; the counter is (position, index, 0, 0). u in [0, 1) of 53 bits. */
-static double philox_uniform(uint64_t key, uint32_t position, uint32_t index) {
-    uint32_t c[4] = {position, index, 0, 0}, k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
-    for (int round = 0; round < 10; round++) {
-        uint64_t a = (uint64_t)0xD2511F53u * c[0], b = (uint64_t)0xCD9E8D57u * c[2];
-        uint32_t next[4] = {(uint32_t)(b >> 32) ^ c[1] ^ k0, (uint32_t)b, (uint32_t)(a >> 32) ^ c[3] ^ k1, (uint32_t)a};
-        memcpy(c, next, sizeof c);
-        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-    }
-    uint64_t bits = ((uint64_t)c[0] << 32 | c[1]) >> 11;
-    return (double)bits * 0x1p-53;
 }
 
 typedef struct {
@@ -116,7 +85,7 @@ static int64_t greedy_token(const draw_job *j, int64_t row, float top) {
 /* The first block whose running total passes u * C, then the first id inside it; if rounding leaves none, the last id with
  * mass. */
 static int64_t drawn_token(const draw_job *j, int64_t draw, int64_t row, float top, double total) {
-    double u = philox_uniform(j->seeds[draw], (uint32_t)j->positions[draw], (uint32_t)j->indices[draw]);
+    double u = (double)philox_bits(j->seeds[draw], (uint32_t)j->positions[draw], (uint32_t)j->indices[draw]) * 0x1p-53;
     double target = u * total, running = 0.0;
     int64_t block = 0, last = 0;
     for (; block < j->num_blocks; block++) {
