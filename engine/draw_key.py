@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from engine.sampling_params import SamplingParams
+from engine.truncation import TruncationRules
 
 DRAW_KEY = np.dtype(
     [
@@ -12,12 +13,23 @@ DRAW_KEY = np.dtype(
         ("index", np.int64),  # of the sample in its group
         ("is_greedy", np.int64),
         ("temperature", np.float32),  # 1 where greedy
-        ("padding", np.int32),
+        ("road", np.int32),
     ]
 )
 
+PLAIN_ROAD, PLAIN_ROAD_AND_LOGITS, LOGITS_ROAD = range(3)
 
-def pack_draw_key(params: SamplingParams, seed: int, index: int) -> bytes:
+
+def pack_draw_key(params: SamplingParams, rules: TruncationRules | None, seed: int, index: int) -> bytes:
     """The DRAW_KEY of a sample."""
     signed_seed = seed - 2**64 if seed >= 2**63 else seed
-    return np.array((signed_seed, index, params.is_greedy, params.logprob_temperature, 0), DRAW_KEY).tobytes()
+    return np.array(
+        (signed_seed, index, params.is_greedy, params.logprob_temperature, _road(rules)), DRAW_KEY
+    ).tobytes()
+
+
+def _road(rules: TruncationRules | None) -> int:
+    """Where a sample is drawn, and whether its logits are written out."""
+    if rules is None:
+        return PLAIN_ROAD
+    return LOGITS_ROAD if rules.changes_distribution else PLAIN_ROAD_AND_LOGITS

@@ -49,8 +49,8 @@ class ModelRunner:
         copy_blocks(self.kv_storage.flatten(0, 1), plan.block_copies)
         batch = InputBatch.from_plan(plan, self.block_size)
         hidden_TD = self.model(batch.input_ids, batch.positions, self._attention(batch))
-        token_ids, logprobs = self.sampler(hidden_TD, batch.sampling)
-        return ModelRunnerOutput(token_ids=token_ids, logprobs=logprobs, policy_version=version)
+        token_ids, logprobs, details = self.sampler(hidden_TD, batch.sampling)
+        return ModelRunnerOutput(token_ids=token_ids, logprobs=logprobs, policy_version=version, details=details)
 
     def _attention(self, batch: InputBatch) -> PagedAttention:
         return PagedAttention(

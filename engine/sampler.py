@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
+from engine.logits_batch import LogitsBatch
 from engine.model import PackedLinear
+from engine.outputs import TokenDetail
 from engine.sampling_batch import SamplingBatch
+from kernels.linear import linear
 from kernels.logprobs import sample
+from kernels.truncated import truncated_sample
 
 
 class Sampler:
-    """A draw is keyed by the request's seed, the position in its completion and the sample's index alone."""
+    """A draw is keyed by the request's seed, the position in its completion and the sample's index alone.
+
+    Requests that only have a temperature are drawn without their logits ever being written out. The others take
+    another road in the same step, each by its own parameters and never because of its neighbours.
+    """
 
     def __init__(self, lm_head: PackedLinear) -> None:
         self.lm_head = lm_head
 
-    def __call__(self, hidden_TD: torch.Tensor, batch: SamplingBatch) -> tuple[list[int], list[float]]:
-        """(token ids, log-probabilities) in the order of the plan's samples; the latter are exactly float32."""
+    def __call__(
+        self, hidden_TD: torch.Tensor, batch: SamplingBatch
+    ) -> tuple[list[int], list[float], list[TokenDetail | None] | None]:
+        """(token ids, log-probabilities, details) in the order of the plan's samples.
+
+        Log-probabilities are exactly float32. details: None in a step where nobody has any.
+        """
+        token_ids, logprobs = self._draw_plain(hidden_TD, batch)
+        if not batch.logits_batches:
+            return token_ids, logprobs, None
+        drawn: list[tuple[int, float]] = [(0, 0.0)] * batch.num_samples
+        details: list[TokenDetail | None] = [None] * batch.num_samples
+        for place, token_id, logprob in zip(batch.plain_places, token_ids, logprobs, strict=True):
+            drawn[place] = token_id, logprob
+        for part in batch.logits_batches:
+            for place, token_id, logprob, detail in self._draw_from_logits(hidden_TD, part, drawn):
+                drawn[place], details[place] = (token_id, logprob), detail
+        return [token_id for token_id, _ in drawn], [logprob for _, logprob in drawn], details
+
+    def _draw_plain(self, hidden_TD: torch.Tensor, batch: SamplingBatch) -> tuple[list[int], list[float]]:
         if not batch.rows.numel():
             return [], []
         if batch.rows.numel() < hidden_TD.shape[0]:
@@ -27,3 +55,32 @@ class Sampler:
             is_greedy.to(torch.uint8),
         )  # fmt: skip
         return token_ids.tolist(), logprobs.tolist()
+
+    def _draw_from_logits(
+        self, hidden_TD: torch.Tensor, batch: LogitsBatch, drawn: list[tuple[int, float]]
+    ) -> Iterator[tuple[int, int, float, TokenDetail]]:
+        """(place, token id, log-probability, detail) of each sample; `drawn` has those of the plain road."""
+        logits_RV = linear(hidden_TD.index_select(0, batch.rows), self.lm_head.packed, self.lm_head.num_outputs)
+        result = truncated_sample(logits_RV, batch.draws, batch.options, max(batch.num_top))
+        columns = (result.token_ids, result.logprobs, result.raw_logprobs, result.kept_mass)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        listed = zip(result.top_ids.tolist(), result.top_logprobs.tolist(), strict=True)
+        for i, ((token_id, logprob, raw_logprob, kept_mass), top) in enumerate(zip(rows, listed, strict=True)):
+            place = batch.places[i]
+            if not batch.is_drawn_here[i]:
+                token_id, logprob = drawn[place]
+                raw_logprob = kept_mass = None
+            top_logprobs = _top_logprobs(*top, batch.num_top[i], token_id, logprob)
+            yield place, token_id, logprob, TokenDetail(raw_logprob, kept_mass, top_logprobs)
+
+
+def _top_logprobs(
+    top_ids: list[int], logprobs: list[float], num_top: int, token_id: int, logprob: float
+) -> dict[int, float] | None:
+    """By token id, the likeliest first; the token that was drawn comes last if it is none of them."""
+    if not num_top:
+        return None
+    pairs = zip(top_ids[:num_top], logprobs[:num_top], strict=True)
+    top_logprobs = {one: value for one, value in pairs if one >= 0}
+    top_logprobs.setdefault(token_id, logprob)
+    return top_logprobs

@@ -1,4 +1,4 @@
-"""Truncated sampling in slow and plain arithmetic: `kernels.truncated` equals it bit for bit (see kernels/reference.py).
+"""Truncated sampling in slow and plain arithmetic, as kernels/reference.py: `kernels.truncated` equals it bit for bit.
 
 Numpy only spreads one operation over many ids; masses are Python's integers.
 """

@@ -1,4 +1,4 @@
-"""Truncated sampling: equal to the reference bit for bit, to plain float64 within rounding, and to its own statistics."""
+"""Truncated sampling equals the reference bit for bit, and plain float64 within rounding; draws follow what it says."""
 
 from __future__ import annotations
 
