@@ -191,7 +191,7 @@ def _check_is_reproducible(rollout: Rollout) -> None:
     if rollout.kept_mass is not None:
         raise ValueError(
             f"rollout {rollout.group_id}[{rollout.index}] has a kept_mass: it was drawn from a distribution that "
-            "truncation, penalties, bias or masks changed, and a trainer reproduces the full one at a temperature only. "
+            "truncation, penalties, bias or masks changed, and a trainer knows the full one at a temperature only. "
             "Leave top_p, top_k, min_p, penalties, logit_bias, allowed_token_ids, bad_words and min_tokens at their "
             "defaults for samples to train on"
         )
