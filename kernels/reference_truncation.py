@@ -76,22 +76,22 @@ def _draw_one(x: Array, draw: _Draw, num_top: int) -> _Outcome:
     none = [(-1, np.float32(-np.inf))]
     if np.isnan(z).any() or z.max() in (np.inf, -np.inf):
         nan = np.float32(np.nan)
-        return _Outcome(
-            token_id=0, logprob=nan, raw_logprob=logprob(x, 0), kept_mass=nan, num_kept=0, top=none * num_top
-        )
+        raw_logprob = logprobs(x, [0])[0]
+        return _Outcome(token_id=0, logprob=nan, raw_logprob=raw_logprob, kept_mass=nan, num_kept=0, top=none * num_top)
     masses = [int(m) for m in np.rint(exp(z - z.max()).astype(np.float64) * MASS_SCALE)]
     order = sorted((i for i in range(len(z)) if z[i] > -np.inf), key=lambda i: (-z[i], i))
     kept = order if draw.is_greedy else _truncated(z, masses, order, draw)
     token_id = kept[0] if draw.is_greedy else _drawn(masses, kept, draw)
     kept_z = np.full_like(z, -np.inf)
     kept_z[kept] = z[kept]
+    logprob, *top_logprobs = logprobs(kept_z, [token_id, *kept[:num_top]])
     return _Outcome(
         token_id=token_id,
-        logprob=logprob(kept_z, token_id),
-        raw_logprob=logprob(x, token_id),
+        logprob=logprob,
+        raw_logprob=logprobs(x, [token_id])[0],
         kept_mass=np.float32(float(sum(masses[i] for i in kept)) / float(sum(masses))),
         num_kept=len(kept),
-        top=([(i, logprob(kept_z, i)) for i in kept[:num_top]] + none * num_top)[:num_top],
+        top=([*zip(kept, top_logprobs)] + none * num_top)[:num_top],
     )
 
 
@@ -145,20 +145,19 @@ def _drawn(masses: list[int], kept: list[int], draw: _Draw) -> int:
     raise AssertionError("the target is less than the mass")
 
 
-def logprob(z: Array, token_id: int) -> np.float32:
+def logprobs(z: Array, token_ids: list[int]) -> list[np.float32]:
     """The section "Log-sum-exp" for one row of logits, of which those at -inf count for nothing."""
     blocks = np.pad(z, (0, -len(z) % VOCAB_BLOCK), constant_values=-np.inf).reshape(-1, VOCAB_BLOCK)
     top, total = z.max(), 0.0
     if np.isnan(z).any() or top in (np.inf, -np.inf):
-        return np.float32(np.nan)
-    for block in blocks:
-        highest = block.max()
-        if highest == -np.inf:
-            continue
-        e = exp(block - highest)
-        block_sum = sum16((e[:16] + e[16:32]) + (e[32:48] + e[48:]))
-        total += float(block_sum) * float(exp(np.asarray(highest - top)))
-    return (z[token_id] - top) - np.float32(log(total))
+        return [np.float32(np.nan)] * len(token_ids)
+    blocks = blocks[blocks.max(axis=1) > -np.inf]
+    highest = blocks.max(axis=1)
+    e = exp(blocks - highest[:, None])
+    sums = sum16((e[:, :16] + e[:, 16:32]) + (e[:, 32:48] + e[:, 48:]))
+    for block_sum, factor in zip(sums, exp(highest - top)):
+        total += float(block_sum) * float(factor)
+    return [(z[token_id] - top) - np.float32(log(total)) for token_id in token_ids]
 
 
 def _columns(draws: torch.Tensor, options: DrawOptions) -> list[_Draw]:

@@ -196,17 +196,24 @@ static int fill_exponentials(const truncated_job *j, draw_space *s) {
     return s->top > -INFINITY && v16_highest(highest) == 1.0f;
 }
 
-/* Everything that has a finite logit of at least `lowest`; the others leave (z = -inf, e = 0). */
-static prefix keep_from(const truncated_job *j, float lowest, draw_space *s) {
+/* Every id above -inf. */
+static prefix keep_all(const truncated_job *j, const draw_space *s) {
     prefix all = {.z = -INFINITY, .last = -1};
-    for (int64_t k = 0; k < j->num_blocks * LS_VOCAB_BLOCK; k++) {
-        int stays = s->z[k] >= lowest && s->z[k] > -INFINITY;
-        s->z[k] = stays ? s->z[k] : -INFINITY;
-        s->e[k] = stays ? s->e[k] : 0.0f;
-        all.count += stays;
-        all.mass += mass_of(s->e[k]);
+    for (int64_t begin = 0; begin < j->num_blocks * LS_VOCAB_BLOCK; begin += LS_VOCAB_BLOCK) {
+        int count = 0;
+        for (int k = 0; k < LS_VOCAB_BLOCK; k++) count += s->z[begin + k] > -INFINITY;
+        for (int k = 0; k < LS_VOCAB_BLOCK; k++) all.mass += mass_of(s->e[begin + k]);
+        all.count += count;
     }
     return all;
+}
+
+/* Logits below `lowest` leave: z = -inf, e = 0. */
+static void drop_below(const truncated_job *j, float lowest, draw_space *s) {
+    for (int64_t k = 0; k < j->num_blocks * LS_VOCAB_BLOCK; k++) {
+        s->e[k] = s->z[k] >= lowest ? s->e[k] : 0.0f;
+        s->z[k] = s->z[k] >= lowest ? s->z[k] : -INFINITY;
+    }
 }
 
 static void fill_bins(const truncated_job *j, draw_space *s) {
@@ -247,18 +254,25 @@ static uint64_t *sort_ranks(uint64_t *order, uint64_t *other, int64_t n) {
     return order;
 }
 
-/* The ids of one bin (LS_NUM_BINS: those beyond the last), in order. */
+/* Whether a logit is in the bin whose distances from the top begin at low and end before high; the last has no end. */
+static inline int is_in_bin(float z, float top, float low, float high) {
+    float distance = top - z;
+    return (distance >= low) & ((distance < high) | ((high == INFINITY) & (z > -INFINITY)));
+}
+
+/* The ids of one bin (LS_NUM_BINS: those beyond the last), in order. Sixteen at a time are looked at without a branch:
+ * most hold none. */
 static uint64_t *sorted_bin(const truncated_job *j, int64_t number, draw_space *s, int64_t *count) {
-    float low = (float)number / LS_BINS_PER_UNIT, high = (float)(number + 1) / LS_BINS_PER_UNIT;
+    float top = s->top, low = (float)number / LS_BINS_PER_UNIT, high = (float)(number + 1) / LS_BINS_PER_UNIT;
     if (number == LS_NUM_BINS) high = INFINITY;
     *count = 0;
-    for (int64_t b = 0; b < j->num_blocks; b++) {
-        if (s->top - s->block_max[b] >= high) continue;
-        for (int64_t k = b * LS_VOCAB_BLOCK; k < (b + 1) * LS_VOCAB_BLOCK; k++) {
-            float distance = s->top - s->z[k];
-            if (distance >= low && (distance < high || high == INFINITY) && s->z[k] > -INFINITY)
-                s->order[(*count)++] = rank_of(s->z[k], k);
-        }
+    for (int64_t begin = 0; begin < j->num_blocks * LS_VOCAB_BLOCK; begin += 16) {
+        const float *z = s->z + begin;
+        int any = 0;
+        for (int k = 0; k < 16; k++) any |= is_in_bin(z[k], top, low, high);
+        if (!any) continue;
+        for (int k = 0; k < 16; k++)
+            if (is_in_bin(z[k], top, low, high)) s->order[(*count)++] = rank_of(z[k], begin + k);
     }
     return sort_ranks(s->order, s->other_order, *count);
 }
@@ -291,12 +305,15 @@ static uint64_t share_of(uint64_t mass, double p) {
 
 /* min-p, then top-k, then top-p over what is left. Greedy takes the highest, which they all keep, so they are off. */
 static prefix truncate_row(const truncated_job *j, int64_t i, draw_space *s, uint64_t *whole_mass) {
-    prefix kept = keep_from(j, -INFINITY, s);
+    prefix kept = keep_all(j, s);
     *whole_mass = kept.mass;
     if (j->is_greedy[i]) return kept;
     float p = (float)j->min_p[i];
     int64_t top_k = (int64_t)j->top_k[i];
-    if (p > 0.0f) kept = keep_from(j, s->top + (float)log1((double)p), s);
+    if (p > 0.0f) {
+        drop_below(j, s->top + (float)log1((double)p), s);
+        kept = keep_all(j, s);
+    }
     int cuts_k = top_k > 0 && top_k < kept.count, cuts_p = j->top_p[i] < 1.0;
     if (cuts_k || cuts_p) fill_bins(j, s);
     if (cuts_k) kept = cut(j, top_k, UINT64_MAX, s);
