@@ -17,11 +17,10 @@ MAX_LOGITS_ROWS = 64  # that exist at once: 40 MB at a vocabulary of 152,000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitsBatch:
-    """m samples that draw from R rows; those that change nothing only have their likeliest tokens read here."""
+    """m samples that draw from R rows."""
 
     rows: torch.Tensor  # [R] int64, ascending rows of the step
     places: list[int]  # [m] of the samples among all of the step
-    is_drawn_here: list[bool]  # [m]; the others are drawn by the plain road
     num_top: list[int]  # [m]
     draws: torch.Tensor  # [5, m] int64: entry of rows, seed, position in the completion, sample index, greedy
     options: DrawOptions
@@ -51,12 +50,10 @@ class LogitsBatch:
     def _from_samples(
         cls, samples: Sequence[Request], rows: torch.Tensor, places: list[int], draws: torch.Tensor
     ) -> LogitsBatch:
-        rules = [sample.rules for sample in samples]
         return cls(
             rows=rows,
             places=places,
-            is_drawn_here=[one.changes_distribution for one in rules],
-            num_top=[one.num_top for one in rules],
+            num_top=[sample.rules.num_top for sample in samples],
             draws=draws,
             options=_draw_options(samples),
         )

@@ -30,11 +30,11 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class TokenDetail:
-    """What some requests want to know of a token beside its log-probability; see Completion."""
+    """What is known of a token that was drawn from written-out logits; a Completion shows what was asked for."""
 
-    raw_logprob: float | None
-    kept_mass: float | None
-    top_logprobs: dict[int, float] | None
+    raw_logprob: float
+    kept_mass: float
+    top_logprobs: dict[int, float]
 
 
 @dataclass(slots=True)

@@ -66,7 +66,7 @@ class Request:
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
         self.num_prompt_tokens = len(self.prompt_token_ids)
-        self.draw_key = pack_draw_key(self.params, self.rules, self.seed, self.index)
+        self.draw_key = pack_draw_key(self.params, self.seed, self.index, self.rules is not None)
         self.seen = SeenTokens(self.num_prompt_tokens)
 
     @classmethod

@@ -19,7 +19,8 @@ class Sampler:
     """A draw is keyed by the request's seed, the position in its completion and the sample's index alone.
 
     Requests that only have a temperature are drawn without their logits ever being written out. The others take
-    another road in the same step, each by its own parameters and never because of its neighbours.
+    another road in the same step, each by its own parameters and never because of its neighbours; those that change
+    nothing and only ask for the likeliest tokens draw the same bits there.
     """
 
     def __init__(self, lm_head: PackedLinear) -> None:
@@ -35,14 +36,14 @@ class Sampler:
         token_ids, logprobs = self._draw_plain(hidden_TD, batch)
         if not batch.logits_batches:
             return token_ids, logprobs, None
-        drawn: list[tuple[int, float]] = [(0, 0.0)] * batch.num_samples
-        details: list[TokenDetail | None] = [None] * batch.num_samples
+        drawn: list[tuple[int, float, TokenDetail | None]] = [(0, 0.0, None)] * batch.num_samples
         for place, token_id, logprob in zip(batch.plain_places, token_ids, logprobs, strict=True):
-            drawn[place] = token_id, logprob
+            drawn[place] = token_id, logprob, None
         for part in batch.logits_batches:
-            for place, token_id, logprob, detail in self._draw_from_logits(hidden_TD, part, drawn):
-                drawn[place], details[place] = (token_id, logprob), detail
-        return [token_id for token_id, _ in drawn], [logprob for _, logprob in drawn], details
+            for place, one in zip(part.places, self._draw_from_logits(hidden_TD, part), strict=True):
+                drawn[place] = one
+        token_ids, logprobs, details = map(list, zip(*drawn, strict=True))
+        return token_ids, logprobs, details
 
     def _draw_plain(self, hidden_TD: torch.Tensor, batch: SamplingBatch) -> tuple[list[int], list[float]]:
         if not batch.rows.numel():
@@ -57,30 +58,21 @@ class Sampler:
         return token_ids.tolist(), logprobs.tolist()
 
     def _draw_from_logits(
-        self, hidden_TD: torch.Tensor, batch: LogitsBatch, drawn: list[tuple[int, float]]
-    ) -> Iterator[tuple[int, int, float, TokenDetail]]:
-        """(place, token id, log-probability, detail) of each sample; `drawn` has those of the plain road."""
+        self, hidden_TD: torch.Tensor, batch: LogitsBatch
+    ) -> Iterator[tuple[int, float, TokenDetail]]:
+        """(token id, log-probability, detail) of each sample of the batch."""
         logits_RV = linear(hidden_TD.index_select(0, batch.rows), self.lm_head.packed, self.lm_head.num_outputs)
         result = truncated_sample(logits_RV, batch.draws, batch.options, max(batch.num_top))
         columns = (result.token_ids, result.logprobs, result.raw_logprobs, result.kept_mass)
-        rows = zip(*(column.tolist() for column in columns), strict=True)
-        listed = zip(result.top_ids.tolist(), result.top_logprobs.tolist(), strict=True)
-        for i, ((token_id, logprob, raw_logprob, kept_mass), top) in enumerate(zip(rows, listed, strict=True)):
-            place = batch.places[i]
-            if not batch.is_drawn_here[i]:
-                token_id, logprob = drawn[place]
-                raw_logprob = kept_mass = None
-            top_logprobs = _top_logprobs(*top, batch.num_top[i], token_id, logprob)
-            yield place, token_id, logprob, TokenDetail(raw_logprob, kept_mass, top_logprobs)
+        listed = (result.top_ids, result.top_logprobs)
+        rows = zip(batch.num_top, *(column.tolist() for column in (*columns, *listed)), strict=True)
+        for num_top, token_id, logprob, raw_logprob, kept_mass, top_ids, top in rows:
+            top_logprobs = _top_logprobs(top_ids[:num_top], top[:num_top], token_id, logprob)
+            yield token_id, logprob, TokenDetail(raw_logprob, kept_mass, top_logprobs)
 
 
-def _top_logprobs(
-    top_ids: list[int], logprobs: list[float], num_top: int, token_id: int, logprob: float
-) -> dict[int, float] | None:
+def _top_logprobs(top_ids: list[int], logprobs: list[float], token_id: int, logprob: float) -> dict[int, float]:
     """By token id, the likeliest first; the token that was drawn comes last if it is none of them."""
-    if not num_top:
-        return None
-    pairs = zip(top_ids[:num_top], logprobs[:num_top], strict=True)
-    top_logprobs = {one: value for one, value in pairs if one >= 0}
+    top_logprobs = {one: value for one, value in zip(top_ids, logprobs, strict=True) if one >= 0}
     top_logprobs.setdefault(token_id, logprob)
     return top_logprobs

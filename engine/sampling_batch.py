@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.draw_key import DRAW_KEY, LOGITS_ROAD, PLAIN_ROAD
+from engine.draw_key import DRAW_KEY
 from engine.logits_batch import LogitsBatch
 from engine.step_plan import SchedulerOutput
 
@@ -17,8 +17,8 @@ from engine.step_plan import SchedulerOutput
 class SamplingBatch:
     """R rows that are sampled from, n times in all: siblings share their prompt's last row.
 
-    These are the draws of the plain road, which never sees logits. Samples whose distribution is changed are in
-    `logits_batches` instead; those that only ask for the likeliest tokens are in both.
+    These are the draws of the plain road, which never sees logits. Samples whose distribution is changed, or that ask
+    for the likeliest tokens, are in `logits_batches` instead.
     """
 
     rows: torch.Tensor  # [R] int64, ascending rows of the step
@@ -42,11 +42,10 @@ class SamplingBatch:
         draws[2] = [len(sample.token_ids) - sample.num_prompt_tokens for sample in samples]
         draws[3] = keys["index"]
         draws[4] = keys["is_greedy"]
-        if not keys["road"].any():
+        if not keys["needs_logits"].any():
             return cls._plain(rows, keys["temperature"], draws, range(len(samples)))
-        needs_logits = np.flatnonzero(keys["road"] != PLAIN_ROAD)
-        plain = np.flatnonzero(keys["road"] != LOGITS_ROAD)
-        batches = LogitsBatch.split(samples, needs_logits, rows[needs_logits], draws.take(needs_logits, axis=1))
+        written, plain = np.flatnonzero(keys["needs_logits"]), np.flatnonzero(keys["needs_logits"] == 0)
+        batches = LogitsBatch.split(samples, written, rows[written], draws.take(written, axis=1))
         return cls._plain(
             rows[plain], keys["temperature"][plain], draws.take(plain, axis=1), plain.tolist(), tuple(batches)
         )
@@ -74,4 +73,4 @@ class SamplingBatch:
     @property
     def num_samples(self) -> int:
         """Of both roads."""
-        return len(self.plain_places) + sum(sum(batch.is_drawn_here) for batch in self.logits_batches)
+        return len(self.plain_places) + sum(len(batch.places) for batch in self.logits_batches)

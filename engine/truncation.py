@@ -20,7 +20,7 @@ class TruncationRules:
 
     changes_distribution: bool
     has_penalties: bool
-    numbers: bytes  # [7] float64, in the order of kernels.truncated.NUMBERS
+    numbers: bytes  # [8] float64, in the order of kernels.truncated.NUMBERS
     num_top: int  # of how many of the likeliest tokens the log-probabilities are reported
     biased_ids: np.ndarray  # int32
     bias: np.ndarray  # float32
@@ -51,7 +51,7 @@ class TruncationRules:
         return cls(
             changes_distribution=is_changed,
             has_penalties=has_penalties,
-            numbers=np.array([_number(params, name) for name in NUMBERS], np.float64).tobytes(),
+            numbers=np.array([_number(params, name, is_changed) for name in NUMBERS], np.float64).tobytes(),
             num_top=params.logprobs,
             biased_ids=np.array([token_id for token_id, _ in bias], np.int32),
             bias=np.array([value for _, value in bias], np.float32),
@@ -68,7 +68,9 @@ class TruncationRules:
         return np.unique(np.append(stop_ids, np.array(ends, np.int32))) if ends else stop_ids
 
 
-def _number(params: SamplingParams, name: str) -> float:
+def _number(params: SamplingParams, name: str, is_changed: bool) -> float:
+    if name == "is_plain":
+        return not is_changed
     return params.logprob_temperature if name == "temperature" else getattr(params, name)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels.reference import VOCAB_BLOCK, exp, log, philox, sum16
+from kernels.reference import VOCAB_BLOCK, drawn_token, exp, log, sum16, uniform
 from kernels.truncated import DrawOptions, IdLists, TruncatedDraws
 
 MASS_SCALE = 2.0**44  # the mass of the highest logit
@@ -35,6 +35,7 @@ class _Draw:
     min_p: float
     top_k: int
     top_p: float
+    is_plain: bool
     seen: dict[int, int]
     bias: dict[int, float]
     masked: list[int]
@@ -81,7 +82,7 @@ def _draw_one(x: Array, draw: _Draw, num_top: int) -> _Outcome:
     masses = [int(m) for m in np.rint(exp(z - z.max()).astype(np.float64) * MASS_SCALE)]
     order = sorted((i for i in range(len(z)) if z[i] > -np.inf), key=lambda i: (-z[i], i))
     kept = order if draw.is_greedy else _truncated(z, masses, order, draw)
-    token_id = kept[0] if draw.is_greedy else _drawn(masses, kept, draw)
+    token_id = _chosen(z, masses, kept, draw)
     kept_z = np.full_like(z, -np.inf)
     kept_z[kept] = z[kept]
     logprob, *top_logprobs = logprobs(kept_z, [token_id, *kept[:num_top]])
@@ -134,9 +135,15 @@ def _truncated(z: Array, masses: list[int], order: list[int], draw: _Draw) -> li
     return kept
 
 
-def _drawn(masses: list[int], kept: list[int], draw: _Draw) -> int:
-    c0, c1, _, _ = philox((draw.position % (1 << 32), draw.index % (1 << 32), 0, 0), draw.seed % (1 << 64))
-    target = ((c0 << 32 | c1) >> 11) * sum(masses[i] for i in kept) >> 53
+def _chosen(z: Array, masses: list[int], kept: list[int], draw: _Draw) -> int:
+    if draw.is_greedy:
+        return kept[0]
+    u = uniform(draw.seed, draw.position, draw.index)
+    return drawn_token(z, *block_sums(z), u) if draw.is_plain else _drawn(masses, kept, u)
+
+
+def _drawn(masses: list[int], kept: list[int], u: float) -> int:
+    target = int(u * 2.0**53) * sum(masses[i] for i in kept) >> 53
     running = 0
     for i in sorted(kept):
         running += masses[i]
@@ -147,17 +154,22 @@ def _drawn(masses: list[int], kept: list[int], draw: _Draw) -> int:
 
 def logprobs(z: Array, token_ids: list[int]) -> list[np.float32]:
     """The section "Log-sum-exp" for one row of logits, of which those at -inf count for nothing."""
-    blocks = np.pad(z, (0, -len(z) % VOCAB_BLOCK), constant_values=-np.inf).reshape(-1, VOCAB_BLOCK)
     top, total = z.max(), 0.0
     if np.isnan(z).any() or top in (np.inf, -np.inf):
         return [np.float32(np.nan)] * len(token_ids)
-    blocks = blocks[blocks.max(axis=1) > -np.inf]
-    highest = blocks.max(axis=1)
-    e = exp(blocks - highest[:, None])
-    sums = sum16((e[:, :16] + e[:, 16:32]) + (e[:, 32:48] + e[:, 48:]))
+    highest, sums = block_sums(z)
     for block_sum, factor in zip(sums, exp(highest - top)):
         total += float(block_sum) * float(factor)
     return [(z[token_id] - top) - np.float32(log(total)) for token_id in token_ids]
+
+
+def block_sums(z: Array) -> tuple[Array, Array]:
+    """Maximum and sum of exponentials of each block of 64; -inf and 0 where all of it is at -inf."""
+    blocks = np.pad(z, (0, -len(z) % VOCAB_BLOCK), constant_values=-np.inf).reshape(-1, VOCAB_BLOCK)
+    highest = blocks.max(axis=1)
+    is_empty = highest == -np.inf
+    e = exp(blocks - np.where(is_empty, np.float32(0.0), highest)[:, None])
+    return highest, sum16((e[:, :16] + e[:, 16:32]) + (e[:, 32:48] + e[:, 48:]))
 
 
 def _columns(draws: torch.Tensor, options: DrawOptions) -> list[_Draw]:
@@ -166,6 +178,7 @@ def _columns(draws: torch.Tensor, options: DrawOptions) -> list[_Draw]:
             row=row, seed=seed, position=position, index=index, is_greedy=bool(greedy),
             temperature=numbers[0], repetition_penalty=numbers[1], presence_penalty=numbers[2],
             frequency_penalty=numbers[3], min_p=numbers[4], top_k=int(numbers[5]), top_p=numbers[6],
+            is_plain=bool(numbers[7]),
             seen=dict(zip(_list(options.seen, i), _values(options.seen, options.counts, i))),
             bias=dict(zip(_list(options.biased, i), _values(options.biased, options.bias, i))),
             masked=_list(options.masked, i),

@@ -28,7 +28,7 @@ class IdLists:
 class DrawOptions:
     """What changes the distribution of each of n draws."""
 
-    numbers: torch.Tensor  # [7, n] float64, the rows in the order of NUMBERS
+    numbers: torch.Tensor  # [8, n] float64, the rows in the order of NUMBERS
     seen: IdLists  # prompt and output, for the penalties
     counts: torch.Tensor  # int32, how often each seen id is in the output
     biased: IdLists
@@ -45,6 +45,7 @@ NUMBERS = (
     "min_p",  # 0 is off, as are 0 for top_k and 1 for top_p
     "top_k",
     "top_p",
+    "is_plain",  # 1: nothing is changed, so the draw is that of `kernels.logprobs.sample`
 )
 
 

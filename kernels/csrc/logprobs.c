@@ -56,18 +56,13 @@ static void block_logits(const draw_job *j, int64_t row, int64_t block, float *z
     reduce_block(z, (int)smaller(LS_PANEL, j->V - block * LS_PANEL), j->temperature[row], highest, &sum);
 }
 
-static double block_mass(const draw_job *j, int64_t row, int64_t block, float top) {
-    int64_t place = row * j->num_blocks + block;
-    return (double)j->block_sum[place] * (double)exp1(j->block_max[place] - top);
-}
-
 /* The highest logit M and the running total C of a row. */
 static double row_total(const draw_job *j, int64_t row, float *top) {
-    const float *block_max = j->block_max + row * j->num_blocks;
+    const float *block_max = j->block_max + row * j->num_blocks, *block_sum = j->block_sum + row * j->num_blocks;
     float m = -INFINITY;
     for (int64_t b = 0; b < j->num_blocks; b++) m = block_max[b] > m ? block_max[b] : m;
     double total = 0.0;
-    for (int64_t b = 0; b < j->num_blocks; b++) total += block_mass(j, row, b, m);
+    for (int64_t b = 0; b < j->num_blocks; b++) total += block_mass(block_max[b], block_sum[b], m);
     *top = m;
     return total;
 }
@@ -86,26 +81,13 @@ static int64_t greedy_token(const draw_job *j, int64_t row, float top) {
  * mass. */
 static int64_t drawn_token(const draw_job *j, int64_t draw, int64_t row, float top, double total) {
     double u = (double)philox_bits(j->seeds[draw], (uint32_t)j->positions[draw], (uint32_t)j->indices[draw]) * 0x1p-53;
-    double target = u * total, running = 0.0;
-    int64_t block = 0, last = 0;
-    for (; block < j->num_blocks; block++) {
-        double mass = block_mass(j, row, block, top);
-        if (mass > 0.0) last = block;
-        if (running + mass > target) break;
-        running += mass;
-    }
-    if (block == j->num_blocks) block = last, running = INFINITY;
-    float z[LS_PANEL], highest, e[LS_PANEL];
+    double target = u * total, running;
+    int64_t place = row * j->num_blocks;
+    int64_t block = block_at(j->block_max + place, j->block_sum + place, j->num_blocks, top, target, &running);
+    float z[LS_PANEL], highest;
     block_logits(j, row, block, z, &highest);
-    for (int v = 0; v < 4; v++) v16_store(e + 16 * v, v16_exp(v16_sub(v16_load(z + 16 * v), v16_set1(highest))));
-    double scale = (double)exp1(highest - top);
-    int64_t width = smaller(LS_PANEL, j->V - block * LS_PANEL), choice = 0;
-    for (int64_t i = 0; i < width; i++) {
-        if (e[i] > 0.0f) choice = i;
-        running += (double)e[i] * scale;
-        if (running > target && running != INFINITY) break;
-    }
-    return block * LS_PANEL + choice;
+    int64_t width = smaller(LS_PANEL, j->V - block * LS_PANEL);
+    return block * LS_PANEL + id_in_block(z, width, highest, top, running, target);
 }
 
 static void draw_tile(void *argument, int64_t draw) {

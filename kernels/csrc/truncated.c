@@ -22,7 +22,7 @@ typedef struct {
 typedef struct {
     const float *logits;
     const int64_t *row, *seed, *position, *index, *is_greedy;
-    const double *temperature, *repetition, *presence, *frequency, *min_p, *top_k, *top_p;
+    const double *temperature, *repetition, *presence, *frequency, *min_p, *top_k, *top_p, *is_plain;
     id_lists seen, biased, masked, allowed;
     const int32_t *counts;
     const float *bias;
@@ -353,6 +353,20 @@ static int64_t drawn_id(const truncated_job *j, int64_t i, const prefix *p, cons
     return 0; /* not reached: the target is less than the mass */
 }
 
+/* The draw of a row that nothing changes, from the sums that kept_total has left: the one of logprobs.c. */
+static int64_t plain_id(const truncated_job *j, int64_t i, const draw_space *s, double total) {
+    double running;
+    double u = (double)philox_bits((uint64_t)j->seed[i], (uint32_t)j->position[i], (uint32_t)j->index[i]) * 0x1p-53;
+    int64_t b = block_at(s->kept_max, s->block_sum, j->num_blocks, s->top, u * total, &running);
+    int64_t begin = b * LS_VOCAB_BLOCK, width = j->V - begin < LS_VOCAB_BLOCK ? j->V - begin : LS_VOCAB_BLOCK;
+    return begin + id_in_block(s->z + begin, width, s->kept_max[b], s->top, running, u * total);
+}
+
+static int64_t choose_id(const truncated_job *j, int64_t i, const prefix *p, const draw_space *s, double total) {
+    if (j->is_greedy[i]) return greedy_id(j, s);
+    return j->is_plain[i] != 0.0 ? plain_id(j, i, s, total) : drawn_id(j, i, p, s);
+}
+
 /* The first num_top kept ids in order; -1 where fewer are kept. */
 static void list_top(const truncated_job *j, int64_t i, const prefix *p, const draw_space *s, float log_total) {
     int64_t *ids = j->top_ids + i * j->num_top, found = 0;
@@ -397,8 +411,9 @@ static void draw_one(const truncated_job *j, int64_t i, draw_space *s) {
     if (fill_exponentials(j, s)) {
         uint64_t whole_mass;
         prefix kept = truncate_row(j, i, s, &whole_mass);
-        int64_t token = j->tokens[i] = j->is_greedy[i] ? greedy_id(j, s) : drawn_id(j, i, &kept, s);
-        float log_total = (float)log1(kept_total(j, &kept, s));
+        double mass = kept_total(j, &kept, s);
+        float log_total = (float)log1(mass);
+        int64_t token = j->tokens[i] = choose_id(j, i, &kept, s, mass);
         j->logprobs[i] = (s->z[token] - s->top) - log_total;
         j->kept_mass[i] = (float)((double)kept.mass / (double)whole_mass);
         j->num_kept[i] = kept.count;
@@ -416,9 +431,9 @@ static void truncated_tile(void *argument, int64_t place) {
     for (int64_t i; (i = atomic_fetch_add(&j->next_draw, 1)) < j->num_draws;) draw_one(j, i, &s);
 }
 
-/* Draws of n samples from rows of logits[., V]. draws: [5][n] row, seed, position, index, greedy. numbers: [7][n]
- * temperature, repetition, presence and frequency penalty, min_p, top_k (0: all), top_p. Lists of ids by draw, offsets
- * [n + 1]: seen ones with their counts in the output, biased ones with the bias, masked ones, allowed ones (none: all).
+/* Draws of n samples from rows of logits[., V]. draws: [5][n] row, seed, position, index, greedy. numbers: [8][n]
+ * temperature, repetition, presence and frequency penalty, min_p, top_k (0: all), top_p, plain. Lists of ids by draw,
+ * offsets [n + 1]: seen ones with their counts in the output, biased ones with the bias, masked ones, allowed ones (none: all).
  * Results [n], and the num_top likeliest kept ids [n][num_top]. Returns 0, or -1 without memory. */
 int ls_truncated_sample(const float *logits, const int64_t *draws, const double *numbers, const int64_t *seen_offsets,
                         const int32_t *seen_ids, const int32_t *counts, const int64_t *biased_offsets,
@@ -433,7 +448,7 @@ int ls_truncated_sample(const float *logits, const int64_t *draws, const double 
     if (!scratch) return -1;
     truncated_job job = {logits, draws, draws + n, draws + 2 * n, draws + 3 * n, draws + 4 * n,
                          numbers, numbers + n, numbers + 2 * n, numbers + 3 * n, numbers + 4 * n, numbers + 5 * n,
-                         numbers + 6 * n, {seen_offsets, seen_ids}, {biased_offsets, biased_ids},
+                         numbers + 6 * n, numbers + 7 * n, {seen_offsets, seen_ids}, {biased_offsets, biased_ids},
                          {masked_offsets, masked_ids}, {allowed_offsets, allowed_ids}, counts, bias, tokens, num_kept,
                          top_ids, logprobs, raw_logprobs, kept_mass, top_logprobs, n, V, num_blocks, num_top, scratch,
                          bytes, 0};

@@ -34,3 +34,37 @@ static inline uint64_t philox_bits(uint64_t key, uint32_t position, uint32_t ind
     }
     return ((uint64_t)c[0] << 32 | c[1]) >> 11;
 }
+
+/* Exponentials of a block relative to `top`, the highest logit of the row. */
+static inline double block_mass(float highest, float sum, float top) { return (double)sum * (double)exp1(highest - top); }
+
+/* The first block whose running total passes the target, with the total before it; if rounding leaves none, the last one
+ * with mass and an infinite total. */
+static inline int64_t block_at(const float *maxima, const float *sums, int64_t num_blocks, float top, double target,
+                               double *running) {
+    int64_t last = 0;
+    *running = 0.0;
+    for (int64_t block = 0; block < num_blocks; block++) {
+        double mass = block_mass(maxima[block], sums[block], top);
+        if (mass > 0.0) last = block;
+        if (*running + mass > target) return block;
+        *running += mass;
+    }
+    *running = INFINITY;
+    return last;
+}
+
+/* The first of a block's ids at which the running total passes the target; if rounding leaves none, the last with mass. */
+static inline int64_t id_in_block(const float *z, int64_t width, float highest, float top, double running,
+                                  double target) {
+    float e[LS_VOCAB_BLOCK];
+    for (int v = 0; v < 4; v++) v16_store(e + 16 * v, v16_exp(v16_sub(v16_load(z + 16 * v), v16_set1(highest))));
+    double scale = (double)exp1(highest - top);
+    int64_t choice = 0;
+    for (int64_t i = 0; i < width; i++) {
+        if (e[i] > 0.0f) choice = i;
+        running += (double)e[i] * scale;
+        if (running > target && running != INFINITY) break;
+    }
+    return choice;
+}

@@ -74,14 +74,13 @@ def test_each_sample_takes_the_road_of_its_own_parameters():
     )
     batch = SamplingBatch.from_plan(*plan)
     assert batch.num_samples == 5
-    assert batch.rows.tolist() == [1, 7]
-    assert list(batch.plain_places) == [1, 4]
-    assert batch.draws.tolist() == [[0, 1], [2, 4], [2, 0], [0, 0], [0, 0]]
+    assert batch.rows.tolist() == [1]
+    assert list(batch.plain_places) == [1]
+    assert batch.draws.tolist() == [[0], [2], [2], [0], [0]]
     assert batch.draws.is_contiguous()
     (logits,) = batch.logits_batches
     assert logits.rows.tolist() == [0, 4, 7]
     assert logits.places == [0, 2, 3, 4]
-    assert logits.is_drawn_here == [True, True, True, False]
     assert logits.num_top == [0, 4, 4, 5]
     assert logits.draws.tolist() == [[0, 1, 1, 2], [1, 3, 3, 4], [4, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
     assert logits.draws.is_contiguous()
@@ -89,6 +88,7 @@ def test_each_sample_takes_the_road_of_its_own_parameters():
     assert numbers["temperature"] == [0.7, 1.0, 1.0, 1.0]
     assert numbers["top_p"] == [0.5, 1.0, 1.0, 1.0]
     assert numbers["top_k"] == [0.0, 3.0, 3.0, 0.0]
+    assert numbers["is_plain"] == [0.0, 0.0, 0.0, 1.0]
 
 
 def test_many_rows_of_logits_come_in_parts():

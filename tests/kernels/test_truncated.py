@@ -183,20 +183,28 @@ def test_seed_position_and_index_each_key_the_draw():
         assert len(truncated_sample(logits, draws, make_options(64, top_p=0.9)).token_ids.unique()) == 1
 
 
-def test_a_row_that_nothing_changes_has_the_logprobs_of_the_plain_road():
-    hidden, weight = spread(40, 72, seed=15, low=-2, high=2), spread(337, 72, seed=16, low=-6, high=-1)
+@pytest.mark.parametrize("vocab_size", [1, 40, 337, 1500])
+def test_a_row_that_nothing_changes_has_the_bits_of_the_plain_road(vocab_size):
+    hidden, weight = spread(40, 72, seed=15, low=-2, high=2), spread(vocab_size, 72, seed=16, low=-6, high=-1)
     packed, temperature = pack(weight), torch.linspace(0.3, 3.0, 40)
-    logits = linear(hidden, packed, 337)
-    draws = make_draws(40, 40, seed=17)
-    draws[0] = torch.arange(40)
-    temperature[draws[4] == 1] = 1.0
-    result = truncated_sample(logits, draws, make_options(40, temperature=temperature.double()), num_top=1)
-    assert_same_bits(result.logprobs, token_logprobs(hidden, packed, 337, result.token_ids, temperature))
-    assert_same_bits(result.raw_logprobs, token_logprobs(hidden, packed, 337, result.token_ids, torch.ones(40)))
-    assert (result.kept_mass == 1.0).all()
-    assert (result.num_kept == 337).all()
-    plain, _ = sample(hidden, packed, 337, temperature, *draws[:4], draws[4].to(torch.uint8))
-    assert torch.equal(plain[draws[4] == 1], result.token_ids[draws[4] == 1])
+    logits = linear(hidden, packed, vocab_size)
+    draws = make_draws(400, 40, seed=17)
+    draws[4] = draws[0] % 5 == 0
+    temperature[::5] = 1.0
+    rows = draws[0]
+    for is_plain in (0, 1):
+        options = make_options(400, temperature=temperature[rows].double(), is_plain=is_plain)
+        result = truncated_sample(logits, draws, options, num_top=1)
+        drawn = result.token_ids
+        assert_same_bits(result.logprobs, token_logprobs(hidden[rows], packed, vocab_size, drawn, temperature[rows]))
+        raw = token_logprobs(hidden[rows], packed, vocab_size, drawn, torch.ones(400))
+        assert_same_bits(result.raw_logprobs, raw)
+        assert (result.kept_mass == 1.0).all()
+        assert (result.num_kept == vocab_size).all()
+        assert_same(result, reference_truncation.truncated_sample(logits, draws, options, num_top=1))
+    plain, logprobs = sample(hidden, packed, vocab_size, temperature, *draws[:4], draws[4].to(torch.uint8))
+    assert torch.equal(plain, drawn)
+    assert_same_bits(logprobs, result.logprobs)
 
 
 def test_ties_go_to_the_lowest_ids():

@@ -16,6 +16,7 @@ NEUTRAL = {
     "min_p": 0.0,
     "top_k": 0,
     "top_p": 1.0,
+    "is_plain": 0,
 }
 
 
