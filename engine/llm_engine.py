@@ -66,8 +66,8 @@ class LLMEngine:
         Without `params.seed` the seed is derived from the engine's and the request id. Smaller priorities go first.
 
         Raises:
-            ValueError: for an empty or too long prompt, ids outside the vocabulary, an id in use, or a request that
-                could never fit the KV pool.
+            ValueError: for an empty or too long prompt, ids outside the vocabulary, an id in use, sampling parameters
+                that this model cannot serve, or a request that could never fit the KV pool.
         """
         params = params or SamplingParams()
         leader = Request.create_group(
@@ -78,6 +78,7 @@ class LLMEngine:
             priority=priority,
             eos_token_ids=self.model_config.eos_token_ids,
             tokenizer=self.tokenizer,
+            vocab_size=self.model_config.vocab_size,
         )
         self.scheduler.add(leader)
 

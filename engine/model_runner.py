@@ -61,8 +61,8 @@ class ModelRunner:
         copy_blocks(self.kv_storage.flatten(0, 1), plan.block_copies)
         batch = self.input_buffers.pack(plan)
         hidden_TD = self._hidden_states(batch)
-        token_ids, logprobs = self.sampler(hidden_TD, batch.sampling)
-        return ModelRunnerOutput(token_ids=token_ids, logprobs=logprobs, policy_version=version)
+        token_ids, logprobs, details = self.sampler(hidden_TD, batch.sampling)
+        return ModelRunnerOutput(token_ids=token_ids, logprobs=logprobs, policy_version=version, details=details)
 
     def _hidden_states(self, batch: InputBatch) -> torch.Tensor:
         def forward() -> torch.Tensor:

@@ -34,6 +34,7 @@ _SIGNATURES = {
     "ls_vocab_stats": (None, [_P, _P, _I, _P, _P, _P, _I, _I, _I]),
     "ls_draw": (None, [_P, _P, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _I, _I, _I]),
     "ls_logit_gradient": (None, [_P, _P, _I, _P, _P, _P, _P, _P, _P, _P, _I, _P, _I, _I, _I, _I]),
+    "ls_truncated_sample": (ctypes.c_int, [_P] * 20 + [_I, _I, _I]),
     "ls_replay": (_I, [_P, _I]),
     "ls_digest_pieces": (_I, [_I]),
     "ls_digest": (None, [_P, _P, _P, _I]),
