@@ -1,0 +1,74 @@
+"""The table of tiles: every size that shapes a kernel, by the shape of the weight alone. The fingerprint hashes it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import astuple, dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatmulTile:
+    """What one program of a matrix product computes at a time, and how it is run."""
+
+    rows: int  # at least 64: Hopper has one tensor-core instruction from there on, and it serves every number of rows
+    columns: int
+    depth: int  # k per step; the sum over k is one chain whatever it is, but it is fixed for each (N, K)
+    num_warps: int
+    num_stages: int
+    programs_per_processor: int
+
+
+# While all rows fit one tile, a product reads each weight once: narrow tiles, so that all processors read. Above that,
+# wide ones. Both make the same chain over k of the same instruction; tests/kernels/gpu prove the bits equal on a device.
+NARROW_ROWS = 64
+MIN_NARROW_TILES = 128  # about the number of processors of an H100 (132)
+NARROW_COLUMNS = (128, 64, 32)
+WIDE_TILE = MatmulTile(rows=128, columns=128, depth=64, num_warps=8, num_stages=4, programs_per_processor=1)
+FLOAT32_TILE = MatmulTile(rows=64, columns=64, depth=32, num_warps=4, num_stages=2, programs_per_processor=2)
+ROW_GROUP = 8  # tiles of rows that pass over a column of tiles together, so that they find its weights in L2
+
+QUERY_ROWS = 64  # rows of an attention tile: tokens times the query heads of a key-value head
+KEY_TILE = 64  # keys per step of the running softmax, at multiples of it
+KEY_CHUNK = 256  # keys between two merges, at multiples of it
+MAX_SPLIT_PROGRAMS = 512  # with more programs than these, the device is full without splitting contexts
+MAX_SPLIT_PARTIALS = 8192  # (row, chunk) pairs that a workspace may hold
+
+VOCAB_BLOCK = 64  # ids under one maximum
+HEAD_TILE = MatmulTile(rows=64, columns=128, depth=64, num_warps=4, num_stages=4, programs_per_processor=1)
+FLOAT32_HEAD_TILE = MatmulTile(rows=64, columns=128, depth=32, num_warps=4, num_stages=1, programs_per_processor=1)
+
+COPY_WORDS = 1024  # 32-bit words of a block that a program copies
+
+
+def matmul_tile(num_rows: int, num_outputs: int, dtype: torch.dtype) -> MatmulTile:
+    """The tile of a product x[T, K] @ weight[N, K].T, T = num_rows and N = num_outputs."""
+    if dtype is torch.float32:
+        return FLOAT32_TILE
+    return narrow_tile(num_outputs) if num_rows <= NARROW_ROWS else WIDE_TILE
+
+
+def narrow_tile(num_outputs: int) -> MatmulTile:
+    """The widest tile with which the columns still occupy all processors."""
+    fits = (columns for columns in NARROW_COLUMNS if num_outputs >= columns * MIN_NARROW_TILES)
+    columns = next(fits, NARROW_COLUMNS[-1])
+    return MatmulTile(rows=64, columns=columns, depth=64, num_warps=4, num_stages=6, programs_per_processor=2)
+
+
+def head_tile(dtype: torch.dtype) -> MatmulTile:
+    """The tile of logits, one for every number of rows: its width shapes the sums over a vocabulary block."""
+    return FLOAT32_HEAD_TILE if dtype is torch.float32 else HEAD_TILE
+
+
+def row_warps(width: int) -> int:
+    """Warps of a program that reduces a row of `width` elements."""
+    return 4 if width <= 2048 else 8 if width <= 8192 else 16
+
+
+def table_digest() -> str:
+    """Hex hash of everything above that can shape a sum."""
+    constants = {name: value for name, value in globals().items() if name.isupper()}
+    facts = [(name, astuple(value) if isinstance(value, MatmulTile) else value) for name, value in constants.items()]
+    widths = [(width, row_warps(width)) for width in (1024, 2048, 4096, 8192, 16384)]
+    return hashlib.blake2b(repr((sorted(facts), widths)).encode(), digest_size=16).hexdigest()
