@@ -93,17 +93,15 @@ def ops_of(
     x, residual, norm = meta(num_rows, hidden), meta(num_rows, hidden, dtype=float32), meta(hidden, dtype=float32)
     qkv, blocks = meta(num_rows, num_vectors, head_dim), meta(64, num_kv_heads, 16, head_dim)
     positions, table = meta(num_rows, dtype=torch.int64), meta(4096, head_dim, dtype=float32)
-    tables, starts, lengths = (
-        meta(*s, dtype=torch.int32) for s in ((num_rows, max_blocks), (num_rows + 1,), (num_rows,))
-    )
+    tables, starts = meta(num_rows, max_blocks, dtype=torch.int32), meta(num_rows + 1, dtype=torch.int32)
+    lengths = starts[1:]
     head_norm = meta(head_dim, dtype=float32)
     qk = qkv[:, : num_heads + num_kv_heads]
     q, k, v = qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    qkv_weight, qkv_bias = meta(num_vectors * head_dim, hidden), meta(num_vectors * head_dim, dtype=float32)
     return [
-        lambda: linear.linear(x, meta(num_vectors * head_dim, hidden)),
-        lambda: linear.linear(
-            x, meta(num_vectors * head_dim, hidden), bias=meta(num_vectors * head_dim, dtype=float32)
-        ),
+        lambda: linear.linear(x, qkv_weight),
+        lambda: linear.linear(x, qkv_weight, bias=qkv_bias),
         lambda: linear.linear(meta(num_rows, ffn), meta(hidden, ffn), out_dtype=float32),
         lambda: rms_norm.rms_norm(residual, norm, 1e-5),
         lambda: rms_norm.add_rms_norm(residual, residual, norm, 1e-5),

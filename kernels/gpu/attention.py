@@ -55,9 +55,9 @@ def kv_store(
 
 
 def copy_blocks(storage: torch.Tensor, pairs: torch.Tensor) -> None:
-    """Copies blocks, row (source, destination) by row of pairs [n, 2] int64, in every plane of storage [planes, P, ...].
+    """Copies blocks, (source, destination) row by row of pairs [n, 2], in every plane of storage [planes, P, ...].
 
-    The storage is contiguous and its blocks hold a multiple of four bytes.
+    pairs is int64; the storage is contiguous and its blocks hold a multiple of four bytes.
     """
     words = storage.view(storage.shape[0], storage.shape[1], -1).view(torch.int32)
     num_planes, num_blocks, width = words.shape
@@ -105,7 +105,7 @@ def whole_attention(
     row_lse is the base-2 logarithm of a row's sum of exponentials, which the backward pass needs.
     """
     q, shape = _checked(q, key_blocks)
-    num_rows, num_heads, head_dim = q.shape
+    num_rows, num_heads, _ = q.shape
     num_kv_heads = key_blocks.shape[1]
     out = q.new_empty(q.shape)
     row_lse = q.new_empty(num_rows, num_heads, dtype=torch.float32)
@@ -148,9 +148,7 @@ def _checked(q, key_blocks):
     _, num_kv_heads, num_slots, _ = key_blocks.shape
     check_attention_shape(head_dim, num_slots)
     if q.dtype is not key_blocks.dtype or q.dtype not in NUM_STAGES:
-        raise ValueError(
-            f"q is {q.dtype} and the key blocks {key_blocks.dtype}: both must be bfloat16, or both float32"
-        )
+        raise ValueError(f"q is {q.dtype}, the key blocks {key_blocks.dtype}: both must be bfloat16, or both float32")
     group = num_heads // num_kv_heads
     if num_heads % num_kv_heads or group > QUERY_ROWS:
         raise ValueError(f"{num_heads} query heads must be 1 to {QUERY_ROWS} times the {num_kv_heads} key-value heads")

@@ -21,7 +21,7 @@ class MatmulTile:
 
 
 # While all rows fit one tile, a product reads each weight once: narrow tiles, so that all processors read. Above that,
-# wide ones. Both make the same chain over k of the same instruction; tests/kernels/gpu prove the bits equal on a device.
+# wide ones. Both make the same chain over k of the same instruction; tests marked gpu hold their bits equal.
 NARROW_ROWS = 64
 MIN_NARROW_TILES = 128  # about the number of processors of an H100 (132)
 NARROW_COLUMNS = (128, 64, 32)

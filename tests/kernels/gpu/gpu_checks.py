@@ -1,7 +1,7 @@
 """Where the tests of the GPU kernels run, and comparisons that they share.
 
-Without a CUDA device, Triton's interpreter runs the kernels on the CPU (tests/conftest.py asks for it). It checks what is
-read, masked and written where; that bits do not depend on the batch is settled by the tests marked gpu.
+Without a CUDA device, Triton's interpreter runs the kernels on the CPU (tests/conftest.py asks for it). It checks what
+is read, masked and written where; that bits do not depend on the batch is settled by the tests marked gpu.
 """
 
 from __future__ import annotations

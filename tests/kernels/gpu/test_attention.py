@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -34,11 +35,10 @@ def make_case(lengths, num_heads, num_kv_heads, head_dim, *, block_size=16, dtyp
     values = keys.clone()
     case = Case(q=[], k=[], v=[], keys=keys, values=values, tables=[], dtype=dtype)
     for at, (length, count) in enumerate(zip(lengths, counts)):
-        case.q.append(rounded_spread(length, num_heads, head_dim, seed=seed + 3 * at, dtype=dtype, low=-2, high=2))
-        case.k.append(
-            rounded_spread(length, num_kv_heads, head_dim, seed=seed + 3 * at + 1, dtype=dtype, low=-2, high=2)
-        )
-        case.v.append(rounded_spread(length, num_kv_heads, head_dim, seed=seed + 3 * at + 2, dtype=dtype))
+        kv, first_seed = (length, num_kv_heads, head_dim), seed + 3 * at
+        case.q.append(rounded_spread(length, num_heads, head_dim, seed=first_seed, dtype=dtype, low=-2, high=2))
+        case.k.append(rounded_spread(*kv, seed=first_seed + 1, dtype=dtype, low=-2, high=2))
+        case.v.append(rounded_spread(*kv, seed=first_seed + 2, dtype=dtype))
         case.tables.append([order.pop() for _ in range(count)])
         positions = torch.arange(length)
         slots = torch.tensor(case.tables[-1])[positions // block_size] * block_size + positions % block_size
@@ -75,7 +75,7 @@ def test_prefill_is_near_the_reference(num_heads, num_kv_heads, head_dim, block_
     case = make_case([50, 1, 70], num_heads, num_kv_heads, head_dim, block_size=block_size, seed=1)
     rows = [(at, 0, q.shape[0]) for at, q in enumerate(case.q)]
     for at, out in enumerate(attend(case, rows, window)):
-        assert_near(out, expected(case, at, *rows[at][1:], window), 2e-6)
+        assert_near(out, expected(case, at, *rows[at][1:], window), 5e-6)
 
 
 def test_bfloat16_is_near_the_reference():
@@ -93,7 +93,7 @@ def test_merged_chunks_equal_the_loop_over_chunks(window):
     merged = attend(case, rows, window, run=split_attention)
     for (sequence, first, end), one, other in zip(rows, looped, merged):
         assert_same_bits(one, other)
-        assert_near(one, expected(case, sequence, first, end, window), 2e-6)
+        assert_near(one, expected(case, sequence, first, end, window), 5e-6)
 
 
 @pytest.mark.parametrize("window", [0, 40])
@@ -101,7 +101,7 @@ def test_cuts_and_neighbours_do_not_show(window):
     case = make_case([300, 60], 3, 1, 16, seed=4)
     (whole,) = attend(case, [(0, 0, 300)], window, run=whole_attention)
     cuts = [0, 1, 7, 128, 257, 300]
-    for first, end in zip(cuts, cuts[1:]):
+    for first, end in itertools.pairwise(cuts):
         part = attend(case, [(1, 40, 60), (0, first, end), (1, 3, 4)], window, run=whole_attention)[1]
         assert_same_bits(part, whole[first:end])
 
