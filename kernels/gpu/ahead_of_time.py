@@ -15,7 +15,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kernels.gpu import attention
+from kernels.gpu.activation import silu_and_mul
 from kernels.gpu.launch import Launch, is_interpreted, recorded_launches
+from kernels.gpu.linear import linear
+from kernels.gpu.logprobs import sample, token_logprobs
+from kernels.gpu.packed_attention import packed_attention
+from kernels.gpu.packed_plan import PackedPlan
+from kernels.gpu.rms_norm import add_rms_norm, rms_norm
+from kernels.gpu.rotary import norm_and_rotary, rotary
 
 WARP = 32
 _POINTERS = {
@@ -82,38 +90,47 @@ def _type_of(value: object, is_constant: bool) -> str:
 def ops_of(
     *, hidden: int, num_heads: int, num_kv_heads: int, head_dim: int, ffn: int, vocab: int, num_rows: int
 ) -> list[Callable[[], object]]:
-    """Every op of a bfloat16 model of this shape on `num_rows` meta rows, forward."""
-    from kernels.gpu import activation, attention, linear, rms_norm, rotary
-
-    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    float32 = torch.float32
-    num_vectors, max_blocks = num_heads + 2 * num_kv_heads, 256
-    x, residual, norm = meta(num_rows, hidden), meta(num_rows, hidden, dtype=float32), meta(hidden, dtype=float32)
-    qkv, blocks = meta(num_rows, num_vectors, head_dim), meta(64, num_kv_heads, 16, head_dim)
-    positions, table = meta(num_rows, dtype=torch.int64), meta(4096, head_dim, dtype=float32)
-    tables, starts = meta(num_rows, max_blocks, dtype=torch.int32), meta(num_rows + 1, dtype=torch.int32)
-    lengths = starts[1:]
-    head_norm = meta(head_dim, dtype=float32)
-    qk = qkv[:, : num_heads + num_kv_heads]
-    q, k, v = qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-    qkv_weight, qkv_bias = meta(num_vectors * head_dim, hidden), meta(num_vectors * head_dim, dtype=float32)
+    """Every op of a bfloat16 model of this shape on `num_rows` meta rows; those of a trainer with their gradients."""
+    num_vectors = num_heads + 2 * num_kv_heads
+    x, residual = _meta(num_rows, hidden), _meta(num_rows, hidden, dtype=torch.float32)
+    norm, head_norm = _meta(hidden, dtype=torch.float32), _meta(head_dim, dtype=torch.float32)
+    qkv = _meta(num_rows, num_vectors, head_dim)
+    positions, table = _meta(num_rows, dtype=torch.int64), _meta(4096, head_dim, dtype=torch.float32)
+    head, heat, greedy = _meta(vocab, hidden), _meta(num_rows, dtype=torch.float32), _meta(num_rows, dtype=torch.uint8)
+    qk, v = qkv.split([num_heads + num_kv_heads, num_kv_heads], dim=1)
+    q, k = qk.split([num_heads, num_kv_heads], dim=1)
+    qkv_bias = _meta(num_vectors * head_dim, dtype=torch.float32)
     return [
-        lambda: linear.linear(x, qkv_weight),
-        lambda: linear.linear(x, qkv_weight, bias=qkv_bias),
-        lambda: linear.linear(meta(num_rows, ffn), meta(hidden, ffn), out_dtype=float32),
-        lambda: rms_norm.rms_norm(residual, norm, 1e-5),
-        lambda: rms_norm.add_rms_norm(residual, residual, norm, 1e-5),
-        lambda: rotary.rotary(qk, positions, table),
-        lambda: rotary.norm_and_rotary(qk, positions, table, head_norm, head_norm, num_heads, 1e-6),
-        lambda: activation.silu_and_mul(meta(num_rows, 2 * ffn)),
-        lambda: attention.kv_store(k, v, blocks, blocks, positions),
-        lambda: attention.copy_blocks(meta(2, 64, 16, 32), meta(3, 2, dtype=torch.int64)),
-        lambda: attention.whole_attention(q, blocks, blocks, tables, starts, lengths, 0.125),
-        lambda: attention.whole_attention(q, blocks, blocks, tables, starts, lengths, 0.125, 100),
-        lambda: attention.split_attention(q, blocks, blocks, tables, starts, lengths, 0.125),
+        lambda: linear(x, _meta(num_vectors * head_dim, hidden), qkv_bias),
+        lambda: linear(_meta(num_rows, ffn), _meta(hidden, ffn), out_dtype=torch.float32),
+        lambda: rms_norm(residual, norm, 1e-5),
+        lambda: add_rms_norm(residual, residual, norm, 1e-5),
+        lambda: rotary(qk, positions, table),
+        lambda: norm_and_rotary(qk, positions, table, head_norm, head_norm, num_heads, 1e-6),
+        lambda: silu_and_mul(_meta(num_rows, 2 * ffn).requires_grad_()).sum().backward(),
+        *_attention_ops(q, k, v),
+        lambda: token_logprobs(x, head, positions, heat),
+        lambda: sample(x, head, heat, positions, positions, positions, positions, greedy),
     ]
+
+
+def _attention_ops(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[Callable[[], object]]:
+    num_rows, num_kv_heads, head_dim = k.shape
+    blocks, tables = _meta(64, num_kv_heads, 16, head_dim), _meta(num_rows, 256, dtype=torch.int32)
+    starts, slots = _meta(num_rows + 1, dtype=torch.int32), _meta(num_rows, dtype=torch.int64)
+    plan = PackedPlan([(0, num_rows, -1)], "meta")
+    return [
+        lambda: attention.kv_store(k, v, blocks, blocks, slots),
+        lambda: attention.copy_blocks(_meta(2, 64, 16, 32), _meta(3, 2, dtype=torch.int64)),
+        lambda: attention.whole_attention(q, blocks, blocks, tables, starts, starts[1:], 0.125),
+        lambda: attention.whole_attention(q, blocks, blocks, tables, starts, starts[1:], 0.125, window=100),
+        lambda: attention.split_attention(q, blocks, blocks, tables, starts, starts[1:], 0.125),
+        lambda: packed_attention(q.detach().requires_grad_(), k, v, plan, 0.125).sum().backward(),
+    ]
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def main() -> int:

@@ -112,7 +112,7 @@ def whole_attention(
     num_tiles = num_query_tiles(num_rows, seq_lens.shape[0], num_heads // num_kv_heads)
     launch(
         _whole_kernel, (num_tiles, num_kv_heads), q, key_blocks, value_blocks, aligned(block_tables), cu_seqlens_q,
-        seq_lens, out, row_lse, seq_lens.shape[0], scale / math.log(2), TABLE=block_tables.shape[1], WINDOW=window,
+        seq_lens, out, row_lse, seq_lens.shape[0], block_tables.shape[1], scale / math.log(2), WINDOW=window,
         num_warps=NUM_WARPS, num_stages=NUM_STAGES[q.dtype], **shape,
     )  # fmt: skip
     return out, row_lse
@@ -131,7 +131,7 @@ def split_attention(q, key_blocks, value_blocks, block_tables, cu_seqlens_q, seq
     launch(
         _chunk_kernel, (num_query_tiles(num_rows, num_sequences, group), num_kv_heads, num_chunks), q, key_blocks,
         value_blocks, aligned(block_tables), cu_seqlens_q, seq_lens, partial_max, partial_sum, partial_out,
-        num_sequences, num_rows, scale / math.log(2), TABLE=block_tables.shape[1], WINDOW=window,
+        num_sequences, num_rows, block_tables.shape[1], scale / math.log(2), WINDOW=window,
         num_warps=NUM_WARPS, num_stages=NUM_STAGES[q.dtype], **shape,
     )  # fmt: skip
     launch(
@@ -190,10 +190,10 @@ def _copy_blocks_kernel(words, pairs, num_pairs, P: tl.constexpr, WIDTH: tl.cons
         tl.store(plane + destination * WIDTH + i, tl.load(plane + source * WIDTH + i, mask=i < WIDTH), mask=i < WIDTH)
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["num_sequences", "table_width"])
 def _whole_kernel(
-    q, key_blocks, value_blocks, block_tables, cu_seqlens_q, seq_lens, out, row_lse, num_sequences, scale,
-    TABLE: tl.constexpr, WINDOW: tl.constexpr,
+    q, key_blocks, value_blocks, block_tables, cu_seqlens_q, seq_lens, out, row_lse, num_sequences, table_width,
+    scale, WINDOW: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, S: tl.constexpr, Q_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -202,7 +202,7 @@ def _whole_kernel(
         cu_seqlens_q, seq_lens, num_sequences, kv_head, WINDOW, G, BLOCK_M
     )
     if first_key < end_key:
-        table = block_tables + sequence.to(tl.int64) * TABLE
+        table = block_tables + sequence.to(tl.int64) * table_width
         queries = _load_queries(q, rows, heads, has_row, H, Q_STRIDE, BLOCK_H)
         highest = tl.full((BLOCK_M,), NEGATIVE_INFINITY, tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
@@ -222,11 +222,11 @@ def _whole_kernel(
         tl.store(row_lse + row_heads, highest + tl.log2(total), mask=has_row)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_rows"])
+@triton.jit(do_not_specialize=["num_sequences", "num_rows", "table_width"])
 def _chunk_kernel(
     q, key_blocks, value_blocks, block_tables, cu_seqlens_q, seq_lens, partial_max, partial_sum, partial_out,
-    num_sequences, num_rows, scale,
-    TABLE: tl.constexpr, WINDOW: tl.constexpr,
+    num_sequences, num_rows, table_width, scale,
+    WINDOW: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, S: tl.constexpr, Q_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -235,7 +235,7 @@ def _chunk_kernel(
         cu_seqlens_q, seq_lens, num_sequences, kv_head, WINDOW, G, BLOCK_M
     )
     if (chunk * CHUNK < end_key) & ((chunk + 1) * CHUNK > first_key):
-        table = block_tables + sequence.to(tl.int64) * TABLE
+        table = block_tables + sequence.to(tl.int64) * table_width
         queries = _load_queries(q, rows, heads, has_row, H, Q_STRIDE, BLOCK_H)
         highest, total, sums = _attend_chunk(
             queries, key_blocks, value_blocks, table, chunk, first_key, end_key, positions, kv_head, scale,

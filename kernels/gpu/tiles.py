@@ -35,6 +35,8 @@ KEY_CHUNK = 256  # keys between two merges, at multiples of it
 MAX_SPLIT_PROGRAMS = 512  # with more programs than these, the device is full without splitting contexts
 MAX_SPLIT_PARTIALS = 8192  # (row, chunk) pairs that a workspace may hold
 
+BACKWARD_TILE = 64  # rows and keys of a step in the backward pass of attention
+
 VOCAB_BLOCK = 64  # ids under one maximum
 HEAD_TILE = MatmulTile(rows=64, columns=128, depth=64, num_warps=4, num_stages=4, programs_per_processor=1)
 FLOAT32_HEAD_TILE = MatmulTile(rows=64, columns=128, depth=32, num_warps=4, num_stages=1, programs_per_processor=1)
