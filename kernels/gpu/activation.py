@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.arithmetic import exp
+from kernels.gpu.arithmetic import exp, rounded
 from kernels.gpu.launch import aligned, launch
 
 BLOCK = 1024
@@ -33,7 +33,7 @@ def _silu_and_mul_kernel(x, y, F: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate, up, sigmoid = _gate_and_up(x + row * (2 * F), i, F)
     silu = gate * sigmoid
-    tl.store(y + row * F + i, (silu * up).to(y.dtype.element_ty), mask=i < F)
+    tl.store(y + row * F + i, rounded(silu * up, y.dtype.element_ty), mask=i < F)
 
 
 @triton.jit
@@ -45,8 +45,8 @@ def _silu_and_mul_backward_kernel(x, grad, grad_x, F: tl.constexpr, BLOCK: tl.co
     silu = gate * sigmoid
     slope = sigmoid + silu * (1.0 - sigmoid)
     place = grad_x + row * (2 * F) + i
-    tl.store(place, (g * up * slope).to(grad_x.dtype.element_ty), mask=i < F)
-    tl.store(place + F, (g * silu).to(grad_x.dtype.element_ty), mask=i < F)
+    tl.store(place, rounded(g * up * slope, grad_x.dtype.element_ty), mask=i < F)
+    tl.store(place + F, rounded(g * silu, grad_x.dtype.element_ty), mask=i < F)
 
 
 @triton.jit

@@ -5,10 +5,11 @@ Ops are called on meta tensors; what they would have launched is compiled instea
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import triton
@@ -38,10 +39,10 @@ class Compiled:
 
     name: str
     shared_bytes: int  # shared memory of a program
-    num_mma: int  # tensor-core instructions in the text, of either family
-    num_wgmma: int  # those of Hopper's family
+    matrix_instructions: list[str]  # the kinds of tensor-core instructions in it
     num_async_copies: int
-    ptx: str
+    reductions: list[str]  # the layouts over which it sums or takes maxima; equal layouts, equal order
+    num_implicit_fusions: int  # operations that may be fused though the source does not say so: must be 0
 
 
 def compile_ops(capability: int, *ops: Callable[[], object]) -> Iterator[Compiled]:
@@ -72,11 +73,18 @@ def _compile(launch: Launch, capability: int) -> Compiled:
     return Compiled(
         name=launch.kernel.__name__,
         shared_bytes=compiled.metadata.shared,
-        num_mma=len(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)", ptx)),
-        num_wgmma=ptx.count("wgmma.mma_async"),
-        num_async_copies=ptx.count("cp.async.cg") + ptx.count("cp.async.ca"),
-        ptx=ptx,
+        matrix_instructions=sorted(set(re.findall(r"(?:wgmma\.mma_async|mma\.sync)[.\w]*", ptx))),
+        num_async_copies=len(re.findall(r"cp\.async\.c[ag]", ptx)),
+        reductions=_reduction_layouts(compiled.asm["ttgir"]),
+        num_implicit_fusions=len(re.findall(r"\b(?:add|sub|mul)\.f(?:32|64)", ptx)),  # without .rn: free to fuse
     )
+
+
+def _reduction_layouts(ttgir: str) -> list[str]:
+    """How the operands of each reduction lie in registers, threads and warps, as Triton's own text has it."""
+    aliases = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, flags=re.MULTILINE))
+    operands = re.findall(r'"tt\.reduce".*?\}\) : \((tensor<[^)]*?>)(?:, [^)]*)?\) ->', ttgir, flags=re.DOTALL)
+    return [re.sub(r"#\w+", lambda name: aliases.get(name[0], name[0]), operand) for operand in operands]
 
 
 def _type_of(value: object, is_constant: bool) -> str:
@@ -134,14 +142,12 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def main() -> int:
-    capability = int(sys.argv[1]) if len(sys.argv) > 1 else 90
+    """Prints a JSON object for each kernel of an 8B model. Arguments: compute capability, numbers of rows."""
+    capability, *row_counts = [int(argument) for argument in sys.argv[1:]] or [90]
     shape = {"hidden": 4096, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "ffn": 12288, "vocab": 151936}
-    for num_rows in (32, 512):
-        for one in compile_ops(capability, *ops_of(num_rows=num_rows, **shape)):
-            print(
-                f"T={num_rows:4} {one.name:32} shared {one.shared_bytes:7} mma {one.num_mma:3} wgmma {one.num_wgmma:3} "
-                f"async {one.num_async_copies:3}"
-            )
+    for num_rows in row_counts or [32, 512]:
+        for compiled in compile_ops(capability, *ops_of(num_rows=num_rows, **shape)):
+            print(json.dumps({"num_rows": num_rows, **asdict(compiled)}))
     return 0
 
 

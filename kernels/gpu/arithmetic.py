@@ -30,6 +30,15 @@ def product(a, b, sums):
 
 
 @triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 x as dtype, to nearest, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:  # it would cut the lower bits off
+        bits = x.to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def tile_product(
     x_rows, has_row, weight_rows, has_column,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,

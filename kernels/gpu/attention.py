@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.arithmetic import NEGATIVE_INFINITY, product
+from kernels.gpu.arithmetic import NEGATIVE_INFINITY, product, rounded
 from kernels.gpu.launch import aligned, aligned_rows, launch
 from kernels.gpu.tiles import COPY_WORDS, KEY_CHUNK, KEY_TILE, MAX_SPLIT_PARTIALS, MAX_SPLIT_PROGRAMS, QUERY_ROWS
 
@@ -174,10 +174,10 @@ def _kv_store_kernel(
             row = tl.load(rows + entry)
         d = tl.arange(0, BLOCK_H)
         place = (((slot // S) * K + head) * S + slot % S) * H + d
-        key = tl.load(k + row * K_STRIDE + head * H + d, mask=d < H)
-        value = tl.load(v + row * V_STRIDE + head * H + d, mask=d < H)
-        tl.store(key_blocks + place, key.to(key_blocks.dtype.element_ty), mask=d < H)
-        tl.store(value_blocks + place, value.to(value_blocks.dtype.element_ty), mask=d < H)
+        key = tl.load(k + row * K_STRIDE + head * H + d, mask=d < H).to(tl.float32)
+        value = tl.load(v + row * V_STRIDE + head * H + d, mask=d < H).to(tl.float32)
+        tl.store(key_blocks + place, rounded(key, key_blocks.dtype.element_ty), mask=d < H)
+        tl.store(value_blocks + place, rounded(value, value_blocks.dtype.element_ty), mask=d < H)
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -218,7 +218,7 @@ def _whole_kernel(
         total = tl.where(has_row, total, 1.0)
         result = tl.math.div_rn(sums, tl.broadcast_to(total[:, None], (BLOCK_M, BLOCK_H)))
         place = out + row_heads[:, None] * H + d[None, :]
-        tl.store(place, result.to(out.dtype.element_ty), mask=has_row[:, None] & (d < H)[None, :])
+        tl.store(place, rounded(result, out.dtype.element_ty), mask=has_row[:, None] & (d < H)[None, :])
         tl.store(row_lse + row_heads, highest + tl.log2(total), mask=has_row)
 
 
@@ -275,7 +275,7 @@ def _merge_kernel(
         total = tl.where(has_head, total, 1.0)
         result = tl.math.div_rn(sums, tl.broadcast_to(total[:, None], (BLOCK_G, BLOCK_H)))
         place = out + (row.to(tl.int64) * N + kv_head * G + g)[:, None] * H + d[None, :]
-        tl.store(place, result.to(out.dtype.element_ty), mask=has)
+        tl.store(place, rounded(result, out.dtype.element_ty), mask=has)
 
 
 @triton.jit
@@ -362,7 +362,7 @@ def _attend_chunk(
         values = tl.load(
             value_blocks + slots[:, None] + d[None, :], mask=has_key[:, None] & (d < H)[None, :], other=0.0
         )  # fmt: skip
-        sums = product(weights.to(values.dtype), values, sums * factor[:, None])
+        sums = product(rounded(weights, values.dtype), values, sums * factor[:, None])
         highest = raised
     return highest, total, sums
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.arithmetic import tile_product
+from kernels.gpu.arithmetic import rounded, tile_product
 from kernels.gpu.launch import aligned, launch
 from kernels.gpu.tiles import ROW_GROUP, matmul_tile
 
@@ -101,7 +101,7 @@ def _linear_kernel(
         if bias is not None:
             sums += tl.load(bias + columns, mask=has_column, other=0.0)[None, :]
         place = y + wide_rows[:, None] * N + columns[None, :]
-        tl.store(place, sums.to(y.dtype.element_ty), mask=has_row[:, None] & has_column[None, :])
+        tl.store(place, rounded(sums, y.dtype.element_ty), mask=has_row[:, None] & has_column[None, :])
 
 
 @triton.jit

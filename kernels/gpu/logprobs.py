@@ -24,7 +24,7 @@ def vocab_stats(
     hidden_TD: torch.Tensor, weight_VD: torch.Tensor, temperature_T: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(block_max, block_sum), each [T, ceil(V / 64)] float32, of the logits hidden @ weight.T / temperature."""
-    return _vocab_stats(hidden_TD, weight_VD, temperature_T, None)[:2]
+    return _vocab_stats(hidden_TD, weight_VD, temperature_T, _no_targets(temperature_T))[:2]
 
 
 def sample(
@@ -37,7 +37,7 @@ def sample(
     indices: torch.Tensor,
     is_greedy: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws one token for each entry of `rows`: (token_ids [n] int64, logprobs [n] float32). Nothing waits for the host.
+    """Draws one token for each entry of `rows`: (token_ids [n] int64, logprobs [n] float32), without the host.
 
     Args:
         hidden_TD: of the weight's type; several draws may share a row.
@@ -46,8 +46,9 @@ def sample(
         seeds: int64 [n], the 64 bits of the key. is_greedy: uint8 [n].
     """
     hidden, weight = aligned(hidden_TD), aligned(weight_VD)
-    block_max, block_sum, _ = _vocab_stats(hidden, weight, temperature_T, None)
-    row_max, row_sum, _ = _row_totals(block_max, block_sum, None)
+    stats = _vocab_stats(hidden, weight, temperature_T, _no_targets(temperature_T))
+    row_max, row_sum, _ = _row_totals(*stats)
+    block_max, block_sum, _ = stats
     token_ids, logprobs = rows.new_empty(rows.shape[0]), row_max.new_empty(rows.shape[0])
     tile = head_tile(hidden.dtype)
     vocab_size, width = weight.shape
@@ -80,12 +81,17 @@ def token_logprobs(
 
 def _token_logprobs(hidden, weight, target_ids, temperature):
     """(logprobs, row_max, row_sum), the latter two being what the backward pass needs."""
-    block_max, block_sum, target_logits = _vocab_stats(hidden, weight, temperature, target_ids)
-    row_max, row_sum, logprobs = _row_totals(block_max, block_sum, target_logits)
+    row_max, row_sum, logprobs = _row_totals(*_vocab_stats(hidden, weight, temperature, target_ids))
     return logprobs, row_max, row_sum
 
 
+def _no_targets(temperature: torch.Tensor) -> torch.Tensor:
+    """Targets of rows that are to be drawn from: so the engine runs the very kernels of the trainer."""
+    return torch.full(temperature.shape, -1, dtype=torch.int64, device=temperature.device)
+
+
 def _vocab_stats(hidden, weight, temperature, target_ids):
+    """(block_max, block_sum, the logits of the targets; undefined where a target is -1)."""
     check_operands(hidden, weight)
     hidden, weight = aligned(hidden), aligned(weight)
     num_rows, width = hidden.shape
@@ -93,7 +99,7 @@ def _vocab_stats(hidden, weight, temperature, target_ids):
     tile = head_tile(hidden.dtype)
     block_max = hidden.new_empty(num_rows, triton.cdiv(vocab_size, VOCAB_BLOCK), dtype=torch.float32)
     block_sum = torch.empty_like(block_max)
-    target_logits = None if target_ids is None else hidden.new_empty(num_rows, dtype=torch.float32)
+    target_logits = hidden.new_empty(num_rows, dtype=torch.float32)
     num_row_tiles = triton.cdiv(num_rows, tile.rows)
     launch(
         _vocab_stats_kernel, (num_row_tiles * triton.cdiv(vocab_size, tile.columns),), hidden, weight, temperature,
@@ -105,11 +111,11 @@ def _vocab_stats(hidden, weight, temperature, target_ids):
 
 
 def _row_totals(block_max, block_sum, target_logits):
-    """(row_max float32, row_sum float64, logprobs of the targets or None), each [T]."""
+    """(row_max float32, row_sum float64, logprobs of the targets), each [T]."""
     num_rows, num_blocks = block_max.shape
     row_max = block_max.new_empty(num_rows)
     row_sum = block_max.new_empty(num_rows, dtype=torch.float64)
-    logprobs = None if target_logits is None else torch.empty_like(row_max)
+    logprobs = torch.empty_like(row_max)
     launch(
         _row_totals_kernel, (num_rows,), block_max, block_sum, target_logits, row_max, row_sum, logprobs,
         NUM_BLOCKS=num_blocks, BLOCKS=triton.next_power_of_2(num_blocks), num_warps=NUM_WARPS,
@@ -130,10 +136,9 @@ def _vocab_stats_kernel(
     has_row = rows < num_rows
     heat = tl.load(temperature + rows, mask=has_row, other=1.0)
     z = _logits(hidden, weight, rows, has_row, ids, heat, V, D, BLOCK_M, BLOCK_N, BLOCK_K)
-    if target_ids is not None:
-        target = tl.load(target_ids + rows, mask=has_row, other=-1)
-        logit = tl.sum(tl.where(ids[None, :] == target[:, None], z, 0.0), axis=1)
-        tl.store(target_logits + rows, logit, mask=(target >= id_tile * BLOCK_N) & (target < (id_tile + 1) * BLOCK_N))
+    target = tl.load(target_ids + rows, mask=has_row, other=-1)
+    logit = tl.sum(tl.where(ids[None, :] == target[:, None], z, 0.0), axis=1)
+    tl.store(target_logits + rows, logit, mask=(target >= id_tile * BLOCK_N) & (target < (id_tile + 1) * BLOCK_N))
     z = tl.where((ids < V)[None, :], z, NEGATIVE_INFINITY)
     z = tl.reshape(z, (BLOCK_M, BLOCK_N // VOCAB, VOCAB))
     highest = tl.max(z, axis=2)
@@ -155,8 +160,7 @@ def _row_totals_kernel(
     total = tl.sum(masses, axis=0)
     tl.store(row_max + row, top)
     tl.store(row_sum + row, total)
-    if target_logits is not None:
-        tl.store(logprobs + row, _logprob(tl.load(target_logits + row), top, total))
+    tl.store(logprobs + row, _logprob(tl.load(target_logits + row), top, total))
 
 
 @triton.jit

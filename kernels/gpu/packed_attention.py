@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.arithmetic import product
+from kernels.gpu.arithmetic import product, rounded
 from kernels.gpu.attention import kv_store, whole_attention
 from kernels.gpu.launch import aligned, launch
 from kernels.gpu.packed_plan import PackedPlan
@@ -84,7 +84,7 @@ def _query_gradient_kernel(
             scores = product(queries, tl.trans(keys), tl.zeros((TILE, TILE), tl.float32)) * scale_base_2
             p = tl.where(is_seen, tl.exp2(scores - lse[:, None]), 0.0)
             dp = product(grads, tl.trans(values), tl.zeros((TILE, TILE), tl.float32))
-            sums = product((p * (dp - delta[:, None])).to(keys.dtype), keys, sums)
+            sums = product(rounded(p * (dp - delta[:, None]), keys.dtype), keys, sums)
     _store_rows(dq, rows, has, head, sums * scale, N, H, BLOCK_H)
 
 
@@ -111,9 +111,9 @@ def _key_value_gradient_kernel(
             is_seen = _is_seen(row_positions[None, :], key_positions[:, None], WINDOW) & has_key[:, None]
             scores = product(keys, tl.trans(queries), tl.zeros((TILE, TILE), tl.float32)) * scale_base_2
             p = tl.where(is_seen, tl.exp2(scores - lse[None, :]), 0.0)
-            value_sums = product(p.to(grads.dtype), grads, value_sums)
+            value_sums = product(rounded(p, grads.dtype), grads, value_sums)
             dp = product(values, tl.trans(grads), tl.zeros((TILE, TILE), tl.float32))
-            key_sums = product((p * (dp - delta[None, :])).to(queries.dtype), queries, key_sums)
+            key_sums = product(rounded(p * (dp - delta[None, :]), queries.dtype), queries, key_sums)
     _store_rows(dk, j, has_key, kv_head, key_sums * scale, K, H, BLOCK_H)
     _store_rows(dv, j, has_key, kv_head, value_sums, K, H, BLOCK_H)
 
@@ -137,7 +137,7 @@ def _load_rows(x, rows, has, head, HEADS: tl.constexpr, H: tl.constexpr, BLOCK_H
 def _store_rows(x, rows, has, head, values, HEADS: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr):
     d = tl.arange(0, BLOCK_H)
     place = (rows.to(tl.int64) * HEADS + head)[:, None] * H + d[None, :]
-    tl.store(x + place, values.to(x.dtype.element_ty), mask=has[:, None] & (d < H)[None, :])
+    tl.store(x + place, rounded(values, x.dtype.element_ty), mask=has[:, None] & (d < H)[None, :])
 
 
 class _PackedAttention(torch.autograd.Function):

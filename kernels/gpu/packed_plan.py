@@ -13,9 +13,9 @@ Segments = list[tuple[int, int, int]]
 class PackedPlan:
     """The plan of `kernels.attention.PackedPlan` as tensors on a device, with the work lists of the backward pass.
 
-    segments: (first_row, end_row, parent) of each run of consecutive rows. Its keys are the rows of its parent (an index
-    of an earlier segment, or -1), then its own, causally. The segments that share a parent follow it at once; ValueError
-    otherwise.
+    segments: (first_row, end_row, parent) of each run of consecutive rows. Its keys are the rows of its parent (an
+    index of an earlier segment, or -1), then its own, causally. The segments that share a parent follow it at once;
+    ValueError otherwise.
     """
 
     def __init__(self, segments: Segments, device: torch.device | str, block_size: int = 16) -> None:

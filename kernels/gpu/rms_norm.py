@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.arithmetic import rounded
 from kernels.gpu.launch import aligned, launch
 from kernels.gpu.tiles import row_warps
 
@@ -71,7 +72,7 @@ def _rms_norm_kernel(x, delta, weight, total, y, scale, eps, D: tl.constexpr, BL
     r = tl.math.div_rn(tl.full((), 1.0, tl.float32), tl.math.sqrt_rn(mean + eps))
     tl.store(scale + row, r)
     normed = (values * r) * tl.load(weight + i, mask=has, other=0.0)
-    tl.store(y + place, normed.to(y.dtype.element_ty), mask=has)
+    tl.store(y + place, rounded(normed, y.dtype.element_ty), mask=has)
 
 
 class _RMSNorm(torch.autograd.Function):

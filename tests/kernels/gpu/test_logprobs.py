@@ -41,16 +41,16 @@ def test_block_sums_and_logprobs_are_near_the_reference(dtype):
 
 def test_draws_are_those_of_the_reference():
     hidden, weight, temperature = operands(5)
-    entries = draws(40, 5)
+    entries = draws(25, 5)
     token_ids, logprobs = sample(*placed(hidden, weight, temperature), *map(on_device, entries))
     expected_ids, expected_logprobs = reference.sample(hidden, weight, temperature, *entries)
     assert token_ids.tolist() == expected_ids.tolist()
-    assert len(set(token_ids.tolist())) > 10
+    assert len(set(token_ids.tolist())) > 8
     assert_near(logprobs, expected_logprobs, 1e-6)
 
 
 def test_greedy_takes_the_lowest_of_the_likeliest_ids():
-    hidden, weight, temperature = operands(3)
+    hidden, weight, _ = operands(3)
     weight[[5, 70, 150]] = 8 * hidden[0]  # the largest logit of row 0, three times over
     entries = draws(3, 3, greedy=True)
     token_ids, _ = sample(*placed(hidden, weight, torch.ones(3)), *map(on_device, entries))
@@ -61,7 +61,7 @@ def test_greedy_takes_the_lowest_of_the_likeliest_ids():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_drawn_tokens_logprob_is_what_the_trainer_computes(dtype):
     hidden, weight, temperature = placed(*operands(70, dtype=dtype, seed=5), dtype)
-    entries = [on_device(x) for x in draws(30, 70)]
+    entries = [on_device(x) for x in draws(12, 70)]
     token_ids, logprobs = sample(hidden, weight, temperature, *entries)
     rows = entries[0]
     trained = token_logprobs(hidden[rows], weight, token_ids, temperature[rows])
@@ -70,9 +70,9 @@ def test_a_drawn_tokens_logprob_is_what_the_trainer_computes(dtype):
 
 def test_draws_do_not_depend_on_the_batch():
     hidden, weight, temperature = placed(*operands(5))
-    entries = [on_device(x) for x in draws(20, 5)]
+    entries = [on_device(x) for x in draws(12, 5)]
     together = sample(hidden, weight, temperature, *entries)
-    for draw in (0, 7, 19):
+    for draw in (0, 11):
         row, *rest = (x[draw : draw + 1] for x in entries)
         alone = sample(hidden[row], weight, temperature[row], row * 0, *rest)
         for one, many in zip(alone, together):

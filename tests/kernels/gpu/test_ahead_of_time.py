@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def compile_for(tmp_path_factory):
+    """Compiles all kernels in a process of its own, since in this one the interpreter may stand in for the compiler."""
+    cache = tmp_path_factory.mktemp("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+
+    def run(capability: str, *row_counts: str) -> list[dict]:
+        command = [sys.executable, "-m", "kernels.gpu.ahead_of_time", capability, *row_counts]
+        output = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert output.returncode == 0, output.stderr
+        return [json.loads(line) for line in output.stdout.splitlines()]
+
+    return run
+
+
+def test_every_kernel_compiles_for_hopper(compile_for):
+    kernels = compile_for("90", "32")
+    assert len({kernel["name"] for kernel in kernels}) == 15
+    check_kernels(kernels, shared_limit=232448)
+    for name, shape in (("_linear_kernel", "m64n32k16"), ("_vocab_stats_kernel", "m64n128k16")):
+        assert {tuple(one["matrix_instructions"]) for one in named(kernels, name)} == {wgmma(shape)}
+    assert named(kernels, "_draw_kernel")[0]["matrix_instructions"] == list(wgmma("m64n128k16"))
+    check_attention(kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "shared_limit"), [("80", 166912), ("90", 232448)])
+def test_every_kernel_compiles_for_many_rows(compile_for, capability, shared_limit):
+    kernels = compile_for(capability, "32", "512")
+    check_kernels(kernels, shared_limit)
+    check_attention(kernels)
+    for kernel in named(kernels, "_linear_kernel"):
+        assert all("k16" in instruction for instruction in kernel["matrix_instructions"])
+        is_hopper_family = ["wgmma.mma_async.sync.aligned.m64n" in name for name in kernel["matrix_instructions"]]
+        assert all(is_hopper_family) if capability == "90" else not any(is_hopper_family)
+
+
+def check_kernels(kernels, shared_limit):
+    for kernel in kernels:
+        assert kernel["shared_bytes"] <= shared_limit, kernel
+        assert kernel["num_implicit_fusions"] == 0, kernel
+    for name in ("_linear_kernel", "_whole_kernel", "_chunk_kernel", "_vocab_stats_kernel", "_draw_kernel"):
+        assert all(kernel["num_async_copies"] > 0 for kernel in named(kernels, name)), f"{name} is not pipelined"
+
+
+def check_attention(kernels):
+    """The kernel that takes all chunks and the one that takes one of them sum in the same layout."""
+    whole, split = named(kernels, "_whole_kernel"), named(kernels, "_chunk_kernel")
+    assert len({tuple(kernel["reductions"]) for kernel in whole + split}) == 1
+    assert len(whole[0]["reductions"]) == 2
+    assert len({tuple(kernel["matrix_instructions"]) for kernel in whole + split}) == 1
+
+
+def named(kernels, name):
+    return [kernel for kernel in kernels if kernel["name"] == name]
+
+
+def wgmma(shape):
+    return (f"wgmma.mma_async.sync.aligned.{shape}.f32.bf16.bf16",)
