@@ -8,7 +8,7 @@ import torch
 
 from kernels.linear import pack_rows, packed_shape
 
-WORD = {torch.float32: torch.int32, torch.float64: torch.int64}
+WORD = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 def spread(*shape: int, seed: int, low: int = -6, high: int = 7) -> torch.Tensor:
