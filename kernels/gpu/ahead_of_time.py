@@ -1,10 +1,11 @@
-"""Compiles kernels for a GPU that need not be there: `python -m kernels.gpu.ahead_of_time 90` lists what came out.
+"""Compiles kernels for a GPU that need not be there: `python -m kernels.gpu.ahead_of_time 90` says what came out.
 
 Ops are called on meta tensors; what they would have launched is compiled instead. Needs triton without its interpreter.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -43,6 +44,27 @@ class Compiled:
     num_async_copies: int
     reductions: list[str]  # the layouts over which it sums or takes maxima; equal layouts, equal order
     num_implicit_fusions: int  # operations that may be fused though the source does not say so: must be 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """The widths of a model."""
+
+    hidden: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+
+
+SHAPES = {
+    "135m": Shape(hidden=576, num_heads=9, num_kv_heads=3, head_dim=64, ffn=1536, vocab=49152),  # SmolLM2
+    "0.5b": Shape(hidden=896, num_heads=14, num_kv_heads=2, head_dim=64, ffn=4864, vocab=151936),  # Qwen2.5
+    "0.6b": Shape(hidden=1024, num_heads=16, num_kv_heads=8, head_dim=128, ffn=3072, vocab=151936),  # Qwen3
+    "3b": Shape(hidden=2560, num_heads=32, num_kv_heads=32, head_dim=80, ffn=10240, vocab=50304),  # heads of 80
+    "8b": Shape(hidden=4096, num_heads=32, num_kv_heads=8, head_dim=128, ffn=12288, vocab=151936),  # Qwen3
+}
 
 
 def compile_ops(capability: int, *ops: Callable[[], object]) -> Iterator[Compiled]:
@@ -95,41 +117,38 @@ def _type_of(value: object, is_constant: bool) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def ops_of(
-    *, hidden: int, num_heads: int, num_kv_heads: int, head_dim: int, ffn: int, vocab: int, num_rows: int
-) -> list[Callable[[], object]]:
-    """Every op of a bfloat16 model of this shape on `num_rows` meta rows; those of a trainer with their gradients."""
-    num_vectors = num_heads + 2 * num_kv_heads
-    x, residual = _meta(num_rows, hidden), _meta(num_rows, hidden, dtype=torch.float32)
-    norm, head_norm = _meta(hidden, dtype=torch.float32), _meta(head_dim, dtype=torch.float32)
-    qkv = _meta(num_rows, num_vectors, head_dim)
-    positions, table = _meta(num_rows, dtype=torch.int64), _meta(4096, head_dim, dtype=torch.float32)
-    head, heat, greedy = _meta(vocab, hidden), _meta(num_rows, dtype=torch.float32), _meta(num_rows, dtype=torch.uint8)
-    qk, v = qkv.split([num_heads + num_kv_heads, num_kv_heads], dim=1)
-    q, k = qk.split([num_heads, num_kv_heads], dim=1)
-    qkv_bias = _meta(num_vectors * head_dim, dtype=torch.float32)
+def ops_of(config: Shape, num_rows: int, dtype: torch.dtype) -> list[Callable[[], object]]:
+    """Every op of a model of this shape on `num_rows` meta rows; those of a trainer with their gradients."""
+    D, N, K, H, F = config.hidden, config.num_heads, config.num_kv_heads, config.head_dim, config.ffn
+    float32, int64 = torch.float32, torch.int64
+    x_TD, residual_TD, norm_D = _meta(dtype, num_rows, D), _meta(float32, num_rows, D), _meta(float32, D)
+    qkv_TXH, head_norm_H = _meta(dtype, num_rows, N + 2 * K, H), _meta(float32, H)
+    positions, table = _meta(int64, num_rows), _meta(float32, 4096, H)
+    head_VD, heat, greedy = _meta(dtype, config.vocab, D), _meta(float32, num_rows), _meta(torch.uint8, num_rows)
+    qk_TXH, v_TKH = qkv_TXH.split([N + K, K], dim=1)
+    q_TNH, k_TKH = qk_TXH.split([N, K], dim=1)
     return [
-        lambda: linear(x, _meta(num_vectors * head_dim, hidden), qkv_bias),
-        lambda: linear(_meta(num_rows, ffn), _meta(hidden, ffn), out_dtype=torch.float32),
-        lambda: rms_norm(residual, norm, 1e-5),
-        lambda: add_rms_norm(residual, residual, norm, 1e-5),
-        lambda: rotary(qk, positions, table),
-        lambda: norm_and_rotary(qk, positions, table, head_norm, head_norm, num_heads, 1e-6),
-        lambda: silu_and_mul(_meta(num_rows, 2 * ffn).requires_grad_()).sum().backward(),
-        *_attention_ops(q, k, v),
-        lambda: token_logprobs(x, head, positions, heat),
-        lambda: sample(x, head, heat, positions, positions, positions, positions, greedy),
+        lambda: linear(x_TD, _meta(dtype, (N + 2 * K) * H, D), _meta(float32, (N + 2 * K) * H)),
+        lambda: linear(_meta(dtype, num_rows, F), _meta(dtype, D, F), out_dtype=float32),
+        lambda: rms_norm(residual_TD, norm_D, 1e-5, dtype),
+        lambda: add_rms_norm(residual_TD, residual_TD, norm_D, 1e-5, dtype),
+        lambda: rotary(qk_TXH, positions, table),
+        lambda: norm_and_rotary(qk_TXH, positions, table, head_norm_H, head_norm_H, N, 1e-6),
+        lambda: silu_and_mul(_meta(dtype, num_rows, 2 * F).requires_grad_()).sum().backward(),
+        *_attention_ops(q_TNH, k_TKH, v_TKH),
+        lambda: token_logprobs(x_TD, head_VD, positions, heat),
+        lambda: sample(x_TD, head_VD, heat, positions, positions, positions, positions, greedy),
     ]
 
 
 def _attention_ops(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[Callable[[], object]]:
     num_rows, num_kv_heads, head_dim = k.shape
-    blocks, tables = _meta(64, num_kv_heads, 16, head_dim), _meta(num_rows, 256, dtype=torch.int32)
-    starts, slots = _meta(num_rows + 1, dtype=torch.int32), _meta(num_rows, dtype=torch.int64)
+    blocks, tables = _meta(q.dtype, 64, num_kv_heads, 16, head_dim), _meta(torch.int32, num_rows, 256)
+    starts, slots = _meta(torch.int32, num_rows + 1), _meta(torch.int64, num_rows)
     plan = PackedPlan([(0, num_rows, -1)], "meta")
     return [
         lambda: attention.kv_store(k, v, blocks, blocks, slots),
-        lambda: attention.copy_blocks(_meta(2, 64, 16, 32), _meta(3, 2, dtype=torch.int64)),
+        lambda: attention.copy_blocks(blocks[None], _meta(torch.int64, 3, 2)),
         lambda: attention.whole_attention(q, blocks, blocks, tables, starts, starts[1:], 0.125),
         lambda: attention.whole_attention(q, blocks, blocks, tables, starts, starts[1:], 0.125, window=100),
         lambda: attention.split_attention(q, blocks, blocks, tables, starts, starts[1:], 0.125),
@@ -137,17 +156,23 @@ def _attention_ops(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[Ca
     ]
 
 
-def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+def _meta(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def main() -> int:
-    """Prints a JSON object for each kernel of an 8B model. Arguments: compute capability, numbers of rows."""
-    capability, *row_counts = [int(argument) for argument in sys.argv[1:]] or [90]
-    shape = {"hidden": 4096, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "ffn": 12288, "vocab": 151936}
-    for num_rows in row_counts or [32, 512]:
-        for compiled in compile_ops(capability, *ops_of(num_rows=num_rows, **shape)):
-            print(json.dumps({"num_rows": num_rows, **asdict(compiled)}))
+    """Prints a JSON object for each kernel."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("capability", type=int, help="80 for A100, 90 for H100")
+    parser.add_argument("--rows", type=int, nargs="+", default=[32, 512], help="rows of a batch")
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=["8b"], help="shapes of known models")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    options = parser.parse_args()
+    for model in options.models:
+        for num_rows in options.rows:
+            ops = ops_of(SHAPES[model], num_rows, getattr(torch, options.dtype))
+            for compiled in compile_ops(options.capability, *ops):
+                print(json.dumps({"model": model, "num_rows": num_rows, **asdict(compiled)}))
     return 0
 
 

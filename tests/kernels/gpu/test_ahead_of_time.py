@@ -15,8 +15,8 @@ def compile_for(tmp_path_factory):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)
 
-    def run(capability: str, *row_counts: str) -> list[dict]:
-        command = [sys.executable, "-m", "kernels.gpu.ahead_of_time", capability, *row_counts]
+    def run(*options: str) -> list[dict]:
+        command = [sys.executable, "-m", "kernels.gpu.ahead_of_time", *options]
         output = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert output.returncode == 0, output.stderr
         return [json.loads(line) for line in output.stdout.splitlines()]
@@ -25,7 +25,7 @@ def compile_for(tmp_path_factory):
 
 
 def test_every_kernel_compiles_for_hopper(compile_for):
-    kernels = compile_for("90", "32")
+    kernels = compile_for("90", "--rows", "32", "--models", "0.6b")
     assert len({kernel["name"] for kernel in kernels}) == 15
     check_kernels(kernels, shared_limit=232448)
     for name, shape in (("_linear_kernel", "m64n32k16"), ("_vocab_stats_kernel", "m64n128k16")):
@@ -36,10 +36,21 @@ def test_every_kernel_compiles_for_hopper(compile_for):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("capability", "shared_limit"), [("80", 166912), ("90", 232448)])
-def test_every_kernel_compiles_for_many_rows(compile_for, capability, shared_limit):
-    kernels = compile_for(capability, "32", "512")
-    check_kernels(kernels, shared_limit)
-    check_attention(kernels)
+def test_every_kernel_compiles_in_float32(compile_for, capability, shared_limit):
+    kernels = compile_for(capability, "--rows", "32", "--models", "135m", "--dtype", "float32")
+    for kernel in kernels:
+        assert kernel["shared_bytes"] <= shared_limit, kernel
+        assert not kernel["matrix_instructions"], kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "shared_limit"), [("80", 166912), ("90", 232448)])
+def test_every_kernel_of_every_model_compiles(compile_for, capability, shared_limit):
+    kernels = []
+    for model in ("135m", "0.5b", "3b", "8b"):
+        kernels += compile_for(capability, "--models", model)
+        check_kernels(kernels, shared_limit)
+        check_attention([kernel for kernel in kernels if kernel["model"] == model])
     for kernel in named(kernels, "_linear_kernel"):
         assert all("k16" in instruction for instruction in kernel["matrix_instructions"])
         is_hopper_family = ["wgmma.mma_async.sync.aligned.m64n" in name for name in kernel["matrix_instructions"]]
