@@ -9,7 +9,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -67,15 +67,19 @@ SHAPES = {
 }
 
 
-def compile_ops(capability: int, *ops: Callable[[], object]) -> Iterator[Compiled]:
-    """Compiles every kernel that the ops launch on their meta tensors, for compute capability 80, 90, ..."""
+def compile_ops(capability: int, *ops: Callable[[], object], only: Collection[str] | None = None) -> Iterator[Compiled]:
+    """Compiles the kernels that the ops launch on their meta tensors, for compute capability 80, 90, ...
+
+    only: names of kernels; the others are left out.
+    """
     if is_interpreted():
         raise ValueError("TRITON_INTERPRET=1 replaces the compiler: unset it before kernels.gpu is imported")
     for op in ops:
         with recorded_launches() as launches:
             op()
         for launch in launches:
-            yield _compile(launch, capability)
+            if only is None or launch.kernel.__name__ in only:
+                yield _compile(launch, capability)
 
 
 def _compile(launch: Launch, capability: int) -> Compiled:
@@ -166,12 +170,13 @@ def main() -> int:
     parser.add_argument("capability", type=int, help="80 for A100, 90 for H100")
     parser.add_argument("--rows", type=int, nargs="+", default=[32, 512], help="rows of a batch")
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=["8b"], help="shapes of known models")
+    parser.add_argument("--only", nargs="+", metavar="KERNEL", help="names of kernels; the others are left out")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     options = parser.parse_args()
     for model in options.models:
         for num_rows in options.rows:
             ops = ops_of(SHAPES[model], num_rows, getattr(torch, options.dtype))
-            for compiled in compile_ops(options.capability, *ops):
+            for compiled in compile_ops(options.capability, *ops, only=options.only):
                 print(json.dumps({"model": model, "num_rows": num_rows, **asdict(compiled)}))
     return 0
 

@@ -16,7 +16,15 @@ import triton.language as tl
 
 from kernels.gpu.arithmetic import NEGATIVE_INFINITY, product, rounded
 from kernels.gpu.launch import aligned, aligned_rows, launch
-from kernels.gpu.tiles import COPY_WORDS, KEY_CHUNK, KEY_TILE, MAX_SPLIT_PARTIALS, MAX_SPLIT_PROGRAMS, QUERY_ROWS
+from kernels.gpu.tiles import (
+    COPY_WORDS,
+    KEY_CHUNK,
+    KEY_TILE,
+    MAX_SPLIT_PARTIALS,
+    MAX_WHOLE_PROGRAMS,
+    QUERY_ROWS,
+    SPLIT_PROGRAMS,
+)
 
 HEAD_DIM_MULTIPLE = 16
 MAX_HEAD_DIM = 128
@@ -86,7 +94,7 @@ def paged_attention(
     _, num_kv_heads, num_slots, _ = key_blocks.shape
     num_chunks = triton.cdiv(block_tables.shape[1] * num_slots, KEY_CHUNK)
     num_tiles = num_query_tiles(num_rows, seq_lens.shape[0], num_heads // num_kv_heads)
-    few_programs = num_tiles * num_kv_heads <= MAX_SPLIT_PROGRAMS
+    few_programs = num_tiles * num_kv_heads <= MAX_WHOLE_PROGRAMS
     if num_chunks > 1 and few_programs and num_rows * num_chunks <= MAX_SPLIT_PARTIALS:
         return split_attention(q_TNH, key_blocks, value_blocks, block_tables, cu_seqlens_q, seq_lens, scale, window)
     return whole_attention(q_TNH, key_blocks, value_blocks, block_tables, cu_seqlens_q, seq_lens, scale, window)[0]
@@ -119,7 +127,7 @@ def whole_attention(
 
 
 def split_attention(q, key_blocks, value_blocks, block_tables, cu_seqlens_q, seq_lens, scale, window=0) -> torch.Tensor:
-    """out [T, N, H]: a program for each chunk of keys of a tile of rows, then one that merges a row's chunks."""
+    """out [T, N, H]: several programs share the chunks of keys of a tile of rows, then one merges a row's chunks."""
     q, shape = _checked(q, key_blocks)
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads, num_slots = key_blocks.shape[1:3]
@@ -127,9 +135,11 @@ def split_attention(q, key_blocks, value_blocks, block_tables, cu_seqlens_q, seq
     num_chunks = triton.cdiv(block_tables.shape[1] * num_slots, KEY_CHUNK)
     out = q.new_empty(q.shape)
     partial_max = q.new_empty(num_chunks, num_rows, num_heads, dtype=torch.float32)
+    num_tiles = num_query_tiles(num_rows, num_sequences, group)
+    num_sharing = min(num_chunks, triton.cdiv(SPLIT_PROGRAMS, max(1, num_tiles * num_kv_heads)))
     partial_sum, partial_out = torch.empty_like(partial_max), q.new_empty(num_chunks, *q.shape, dtype=torch.float32)
     launch(
-        _chunk_kernel, (num_query_tiles(num_rows, num_sequences, group), num_kv_heads, num_chunks), q, key_blocks,
+        _chunk_kernel, (num_tiles, num_kv_heads, num_sharing), q, key_blocks,
         value_blocks, aligned(block_tables), cu_seqlens_q, seq_lens, partial_max, partial_sum, partial_out,
         num_sequences, num_rows, block_tables.shape[1], scale / math.log(2), WINDOW=window,
         num_warps=NUM_WARPS, num_stages=NUM_STAGES[q.dtype], **shape,
@@ -230,23 +240,25 @@ def _chunk_kernel(
     N: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, S: tl.constexpr, Q_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    kv_head, chunk = tl.program_id(1), tl.program_id(2)
+    kv_head = tl.program_id(1)
     sequence, rows, heads, has_row, positions, first_key, end_key = _query_tile(
         cu_seqlens_q, seq_lens, num_sequences, kv_head, WINDOW, G, BLOCK_M
     )
-    if (chunk * CHUNK < end_key) & ((chunk + 1) * CHUNK > first_key):
+    if first_key < end_key:
         table = block_tables + sequence.to(tl.int64) * table_width
         queries = _load_queries(q, rows, heads, has_row, H, Q_STRIDE, BLOCK_H)
-        highest, total, sums = _attend_chunk(
-            queries, key_blocks, value_blocks, table, chunk, first_key, end_key, positions, kv_head, scale,
-            WINDOW, K, H, S, BLOCK_M, BLOCK_H, TILE, CHUNK,
-        )  # fmt: skip
         d = tl.arange(0, BLOCK_H)
-        row_heads = (chunk.to(tl.int64) * num_rows + rows) * N + heads
-        tl.store(partial_max + row_heads, highest, mask=has_row)
-        tl.store(partial_sum + row_heads, total, mask=has_row)
-        place = partial_out + row_heads[:, None] * H + d[None, :]
-        tl.store(place, sums, mask=has_row[:, None] & (d < H)[None, :])
+        first_chunk = first_key // CHUNK + tl.program_id(2)
+        for chunk in range(first_chunk, (end_key + CHUNK - 1) // CHUNK, tl.num_programs(2)):
+            highest, total, sums = _attend_chunk(
+                queries, key_blocks, value_blocks, table, chunk, first_key, end_key, positions, kv_head, scale,
+                WINDOW, K, H, S, BLOCK_M, BLOCK_H, TILE, CHUNK,
+            )  # fmt: skip
+            row_heads = (tl.cast(chunk, tl.int64) * num_rows + rows) * N + heads
+            tl.store(partial_max + row_heads, highest, mask=has_row)
+            tl.store(partial_sum + row_heads, total, mask=has_row)
+            place = partial_out + row_heads[:, None] * H + d[None, :]
+            tl.store(place, sums, mask=has_row[:, None] & (d < H)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_sequences", "num_rows"])

@@ -17,10 +17,19 @@ import triton
 
 from kernels.fingerprint import _numbers as numbers
 from kernels.gpu.attention import kv_store, split_attention, whole_attention
-from kernels.gpu.linear import linear
+from kernels.gpu.linear import linear, tiled_linear
 from kernels.gpu.logprobs import sample, token_logprobs
 from kernels.gpu.rms_norm import add_rms_norm
-from kernels.gpu.tiles import KEY_CHUNK, NARROW_ROWS, table_digest
+from kernels.gpu.tiles import (
+    KEY_CHUNK,
+    MIN_TILES,
+    NARROW_ROWS,
+    NARROW_STAGES,
+    WIDE_TILE,
+    MatmulTile,
+    narrow_tile,
+    table_digest,
+)
 
 CONTRACT_VERSION = 1  # of docs/numerics.md, "GPU profile"
 HEADS, KV_HEADS, HEAD_DIM, SLOTS = 3, 1, 32, 16
@@ -78,8 +87,10 @@ def _pairs(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, torc
     many = NARROW_ROWS + 6
     for width, num_outputs in ((72, 70), (320, 130)):
         x, weight = _on(device, dtype, many, width, seed=1), _on(device, dtype, num_outputs, width, seed=2)
-        wide = linear(x, weight, out_dtype=torch.float32)
-        yield "linear", wide[5:9], linear(x[5:9], weight, out_dtype=torch.float32)
+        y = linear(x, weight, out_dtype=torch.float32)
+        yield "linear", y[5:9], linear(x[5:9], weight, out_dtype=torch.float32)
+        for tile in _other_tiles(dtype):
+            yield f"linear with {tile.columns} columns", y, tiled_linear(x, weight, None, torch.float32, tile)
     x, delta = (_on(device, torch.float32, 9, 77, seed=seed) for seed in (3, 4))
     weight = _on(device, torch.float32, 77, seed=5)
     normed = add_rms_norm(x, delta, weight, 1e-5, dtype)[1]
@@ -88,12 +99,20 @@ def _pairs(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, torc
     hidden, weight = _on(device, dtype, many, 72, seed=9, low=-3), _on(device, dtype, 200, 72, seed=10, low=-4, high=0)
     number = torch.arange(6, device=device)
     rows, heat = number * 13, torch.linspace(0.5, 2, many, device=device)
-    token_ids, logprobs = sample(hidden, weight, heat, rows, number << 40, number, number, number == 1)
+    token_ids, logprobs = sample(
+        hidden, weight, heat, rows, number << 40, number, number, (number == 1).to(torch.uint8)
+    )
     yield "sample", logprobs, token_logprobs(hidden[rows], weight, token_ids, heat[rows])
 
 
+def _other_tiles(dtype: torch.dtype) -> Iterator[MatmulTile]:
+    if dtype is torch.bfloat16:
+        yield WIDE_TILE
+        yield from (narrow_tile(columns * MIN_TILES) for columns in NARROW_STAGES)
+
+
 def _attention_pair(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last rows of a sequence, all chunks in one program; and one by one, a program for each chunk."""
+    """The last rows of a sequence, all chunks in one program; and one by one, the chunks shared by several."""
     length, num_rows = KEY_CHUNK + 20, 3
     q = _on(device, dtype, num_rows, HEADS, HEAD_DIM, seed=6, low=-3, high=1)
     k, v = (_on(device, dtype, length, KV_HEADS, HEAD_DIM, seed=seed, low=-3, high=1) for seed in (7, 8))

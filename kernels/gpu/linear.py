@@ -14,7 +14,7 @@ import triton.language as tl
 
 from kernels.gpu.arithmetic import rounded, tile_product
 from kernels.gpu.launch import aligned, launch
-from kernels.gpu.tiles import ROW_GROUP, matmul_tile
+from kernels.gpu.tiles import ROW_GROUP, MatmulTile, matmul_tile
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -59,13 +59,14 @@ def matmul_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.float() @ b.float()
 
 
-def _linear(x, weight, bias, out_dtype):
-    check_operands(x, weight)
+def tiled_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype, tile: MatmulTile
+) -> torch.Tensor:
+    """`linear` by a given tile; which one must not show in the result."""
     num_rows, width = x.shape
     num_outputs = weight.shape[0]
     x, weight = aligned(x), aligned(weight)
     y = x.new_empty(num_rows, num_outputs, dtype=out_dtype)
-    tile = matmul_tile(num_rows, num_outputs, x.dtype)
     num_tiles = triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_outputs, tile.columns)
     num_programs = min(num_tiles, tile.programs_per_processor * _num_processors(x.device))
     launch(
@@ -74,6 +75,11 @@ def _linear(x, weight, bias, out_dtype):
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return y
+
+
+def _linear(x, weight, bias, out_dtype):
+    check_operands(x, weight)
+    return tiled_linear(x, weight, bias, out_dtype, matmul_tile(x.shape[0], weight.shape[0], x.dtype))
 
 
 @functools.cache
@@ -128,7 +134,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, _, needs_bias, _, needs_master = ctx.needs_input_grad
         rounded = grad.to(weight.dtype)
-        grad_x = matmul_float32(rounded, weight).to(x.dtype) if needs_x else None
+        grad_x = rounded @ weight if needs_x else None
         grad_bias = grad.float().sum(0) if ctx.has_bias and needs_bias else None
         grad_master = matmul_float32(rounded.T, x) if needs_master else None
         return grad_x, None, grad_bias, None, grad_master

@@ -20,11 +20,11 @@ class MatmulTile:
     programs_per_processor: int
 
 
-# While all rows fit one tile, a product reads each weight once: narrow tiles, so that all processors read. Above that,
-# wide ones. Both make the same chain over k of the same instruction; tests marked gpu hold their bits equal.
+# Wide tiles where they occupy all processors; else narrow ones, so that all processors read the weights. Both make the
+# same chain over k of the same instruction; the self-test and the tests marked gpu hold their bits equal.
 NARROW_ROWS = 64
-MIN_NARROW_TILES = 128  # about the number of processors of an H100 (132)
-NARROW_COLUMNS = (128, 64, 32)
+MIN_TILES = 128  # about the number of processors of an H100 (132)
+NARROW_STAGES = {128: 4, 64: 5, 32: 6}  # columns of a narrow tile -> steps in flight, so that two programs fit
 WIDE_TILE = MatmulTile(rows=128, columns=128, depth=64, num_warps=8, num_stages=4, programs_per_processor=1)
 FLOAT32_TILE = MatmulTile(rows=64, columns=64, depth=32, num_warps=4, num_stages=2, programs_per_processor=2)
 ROW_GROUP = 8  # tiles of rows that pass over a column of tiles together, so that they find its weights in L2
@@ -32,7 +32,8 @@ ROW_GROUP = 8  # tiles of rows that pass over a column of tiles together, so tha
 QUERY_ROWS = 64  # rows of an attention tile: tokens times the query heads of a key-value head
 KEY_TILE = 64  # keys per step of the running softmax, at multiples of it
 KEY_CHUNK = 256  # keys between two merges, at multiples of it
-MAX_SPLIT_PROGRAMS = 512  # with more programs than these, the device is full without splitting contexts
+MAX_WHOLE_PROGRAMS = 512  # with more programs than these, the device is full without splitting contexts
+SPLIT_PROGRAMS = 1024  # about how many share the chunks where contexts are split
 MAX_SPLIT_PARTIALS = 8192  # (row, chunk) pairs that a workspace may hold
 
 BACKWARD_TILE = 64  # rows and keys of a step in the backward pass of attention
@@ -48,14 +49,19 @@ def matmul_tile(num_rows: int, num_outputs: int, dtype: torch.dtype) -> MatmulTi
     """The tile of a product x[T, K] @ weight[N, K].T, T = num_rows and N = num_outputs."""
     if dtype is torch.float32:
         return FLOAT32_TILE
-    return narrow_tile(num_outputs) if num_rows <= NARROW_ROWS else WIDE_TILE
+    num_wide = -(-num_rows // WIDE_TILE.rows) * -(-num_outputs // WIDE_TILE.columns)
+    is_wide = num_rows > NARROW_ROWS and num_wide >= MIN_TILES
+    return WIDE_TILE if is_wide else narrow_tile(num_outputs)
 
 
 def narrow_tile(num_outputs: int) -> MatmulTile:
-    """The widest tile with which the columns still occupy all processors."""
-    fits = (columns for columns in NARROW_COLUMNS if num_outputs >= columns * MIN_NARROW_TILES)
-    columns = next(fits, NARROW_COLUMNS[-1])
-    return MatmulTile(rows=64, columns=columns, depth=64, num_warps=4, num_stages=6, programs_per_processor=2)
+    """The widest tile with which the columns alone still occupy all processors, or the narrowest."""
+    fits = (columns for columns in NARROW_STAGES if num_outputs >= columns * MIN_TILES)
+    columns = next(fits, min(NARROW_STAGES))
+    return MatmulTile(
+        rows=NARROW_ROWS, columns=columns, depth=64, num_warps=4, num_stages=NARROW_STAGES[columns],
+        programs_per_processor=2,
+    )  # fmt: skip
 
 
 def head_tile(dtype: torch.dtype) -> MatmulTile:
