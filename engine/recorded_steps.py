@@ -18,7 +18,7 @@ class RecordedSteps:
         self._arena = Arena()
 
     def run(self, num_rows: int, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What `forward` gives: computed by it, noted on the way, or recorded before (and then overwritten next time)."""
+        """What `forward` gives: computed by it, or by a recording of it (and then overwritten next time)."""
         if num_rows not in self._recordings:
             self._recordings[num_rows] = None
             return forward()

@@ -1,7 +1,8 @@
-"""Recording: the kernel calls of a forward pass, noted once and run again by one call - what a CUDA graph is to a GPU.
+"""Recording: the kernel calls of a forward pass, noted once and run again by one call, as a CUDA graph is on a GPU.
 
-Python takes longer to make the three hundred calls of a decode step than some of them take. A recording runs them without
-it: the same functions on the same addresses, so inputs are written in place and outputs are read where they were.
+Python takes longer to make the four hundred calls of a decode step than some of them take. A recording runs them
+without it: the same functions on the same addresses, so inputs are written in place and outputs are read where they
+were.
 """
 
 from __future__ import annotations

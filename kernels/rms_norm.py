@@ -27,7 +27,7 @@ def add_rms_norm(
 def head_norms(
     qk_TXH: torch.Tensor, q_weight_H: torch.Tensor, k_weight_H: torch.Tensor, num_heads: int, eps: float
 ) -> torch.Tensor:
-    """RMSNorm of each head by itself: the first `num_heads` (queries) under one weight, the others (keys) under another.
+    """RMSNorm of each head by itself: the first `num_heads` (queries) under one weight, the other (keys) under another.
 
     qk [T, N + K, H] may be strided over rows; the result is contiguous.
     """

@@ -1,4 +1,4 @@
-"""One source, several builds: AVX-512 (with and without bfloat16), AVX2 and plain C give the same bits. Run as a script, it prints its digests."""
+"""One source, several builds with the same bits. Run as a script, it prints its digests."""
 
 from __future__ import annotations
 
