@@ -93,6 +93,18 @@ def test_prefill_equals_the_reference(num_heads, num_kv_heads, head_dim, kv_dtyp
     assert_same_bits(last, expected[44:])
 
 
+def test_scores_from_near_the_maximum_to_where_exp_vanishes_equal_the_reference():
+    """Differences from the maximum up to several hundred: exponentials become tiny at 87.3, then zero."""
+    s = make_sequence(300, 2, 1, 16, seed=2)
+    s = dataclasses.replace(s, q=20 * s.q)
+    scores = torch.einsum("jh,kh->jk", s.q[:, 0], s.k[:, 0]) * SCALE
+    below = scores.max(1, keepdim=True).values - scores
+    assert ((below > 86) & (below < 87.3)).any()
+    assert (below > 100).any()
+    (out,) = attend(store([s]), [(0, s.q, 300)])
+    assert_same_bits(out, expected_of(s))
+
+
 @both_kv_dtypes
 @pytest.mark.parametrize("window", WINDOWS)
 def test_long_contexts_equal_the_reference(window, kv_dtype):
