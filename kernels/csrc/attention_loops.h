@@ -37,21 +37,21 @@ typedef struct { /* where groups of 16 keys and values of one key-value head lie
     static void LS_FOR_KV(weighted_##ROWS##_##VECTORS)(const float *p, const LS_KV *const *groups, int num_groups,     \
                                                        int first, int last, int64_t column, int64_t H, float *out) {   \
         v16 a[ROWS][VECTORS];                                                                                          \
-        LS_UNROLL for (int r = 0; r < ROWS; r++)                                                                                 \
-            LS_UNROLL for (int v = 0; v < VECTORS; v++) a[r][v] = v16_load(out + r * H + column + 16 * v);                       \
+        LS_UNROLL for (int r = 0; r < ROWS; r++)                                                                       \
+            LS_UNROLL for (int v = 0; v < VECTORS; v++) a[r][v] = v16_load(out + r * H + column + 16 * v);             \
         for (int g = 0; g < num_groups; g++, p += 16) {                                                                \
             const LS_KV *value = groups[g] + first * H + column;                                                       \
             for (int j = first; j < last; j++, value += H) {                                                           \
                 v16 x[VECTORS];                                                                                        \
-                LS_UNROLL for (int v = 0; v < VECTORS; v++) x[v] = LS_LOAD_KV(value + 16 * v);                                   \
-                LS_UNROLL for (int r = 0; r < ROWS; r++) {                                                                       \
+                LS_UNROLL for (int v = 0; v < VECTORS; v++) x[v] = LS_LOAD_KV(value + 16 * v);                         \
+                LS_UNROLL for (int r = 0; r < ROWS; r++) {                                                             \
                     v16 s = v16_set1(p[r * LS_SCORE_STRIDE + j]);                                                      \
-                    LS_UNROLL for (int v = 0; v < VECTORS; v++) a[r][v] = v16_fma(s, x[v], a[r][v]);                             \
+                    LS_UNROLL for (int v = 0; v < VECTORS; v++) a[r][v] = v16_fma(s, x[v], a[r][v]);                   \
                 }                                                                                                      \
             }                                                                                                          \
         }                                                                                                              \
-        LS_UNROLL for (int r = 0; r < ROWS; r++)                                                                                 \
-            LS_UNROLL for (int v = 0; v < VECTORS; v++) v16_store(out + r * H + column + 16 * v, a[r][v]);                       \
+        LS_UNROLL for (int r = 0; r < ROWS; r++)                                                                       \
+            LS_UNROLL for (int v = 0; v < VECTORS; v++) v16_store(out + r * H + column + 16 * v, a[r][v]);             \
     }
 
 #if LS_TILE_VECTORS == 4
