@@ -156,10 +156,12 @@ static void gradient_tile(void *argument, int64_t block) {
             float *dz = z + r * LS_PANEL;
             gradient_row(j, row + r, block, dz);
             if (j->dz) memcpy(j->dz + (row + r) * j->V + first, dz, (size_t)width * sizeof(float));
-            if (!j->dz_rows) continue;
-            for (int i = 0; i < width; i++) j->dz_rows[(row + r) * j->ld_rows + first + i] = bf16_from_float(dz[i]);
-            for (int i = 0; i < width; i++) j->dz_columns[(first + i) * j->ld_columns + row + r] = bf16_from_float(dz[i]);
+            else
+                for (int i = 0; i < width; i++) j->dz_rows[(row + r) * j->ld_rows + first + i] = bf16_from_float(dz[i]);
         }
+        for (int i = 0; i < width && !j->dz; i++)
+            for (int r = 0; r < rows; r++)
+                j->dz_columns[(first + i) * j->ld_columns + row + r] = bf16_from_float(z[r * LS_PANEL + i]);
     }
 }
 

@@ -3,6 +3,7 @@
 #include "panel.h"
 #include "ops.h"
 #include "pool.h"
+#include "transpose.h"
 
 #define LS_ROUND_TASK 16384 /* elements rounded at once: below it a second thread costs more than it saves */
 #define LS_BLOCK 32         /* rows and columns that are turned round while their cache lines are warm */
@@ -33,11 +34,16 @@ void ls_round_rows(const float *x, int64_t ldx, uint16_t *y, int64_t ldy, int64_
 
 static void round_transposed_tile(void *argument, int64_t tile) {
     const round_job *j = argument;
-    int64_t first = tile * LS_BLOCK, last = smaller(first + LS_BLOCK, j->width);
-    for (int64_t row = 0; row < j->ldy; row += LS_BLOCK)
-        for (int64_t i = first; i < last; i++)
-            for (int64_t r = row; r < smaller(row + LS_BLOCK, j->ldy); r++)
-                j->y[i * j->ldy + r] = r < j->num_rows ? bf16_from_float(j->x[r * j->ldx + i]) : 0;
+    int64_t first = tile * LS_BLOCK, width = smaller(LS_BLOCK, j->width - first);
+    float block[LS_BLOCK][LS_BLOCK];
+    for (int64_t row = 0; row < j->num_rows; row += LS_BLOCK) {
+        int64_t rows = smaller(LS_BLOCK, j->num_rows - row);
+        transpose(j->x + row * j->ldx + first, j->ldx, block[0], LS_BLOCK, rows, width);
+        for (int64_t i = 0; i < width; i++)
+            for (int64_t r = 0; r < rows; r++) j->y[(first + i) * j->ldy + row + r] = bf16_from_float(block[i][r]);
+    }
+    for (int64_t i = first; i < first + width; i++)
+        for (int64_t r = j->num_rows; r < j->ldy; r++) j->y[i * j->ldy + r] = 0;
 }
 
 /* y[width, ldy] = x[num_rows, width] transposed and rounded; zeros beyond num_rows. */
