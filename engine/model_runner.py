@@ -35,7 +35,7 @@ class ModelRunner:
             max_blocks_per_seq=-(-engine_config.max_model_len // block_size),
             block_size=block_size,
         )
-        self._recorded = RecordedSteps()
+        self.recorded_steps = RecordedSteps()
         # Keys, then values: [2, L, P, K * H * S]. Unwritten pages of it cost no memory.
         kv_dtype = self.model.profile.kv_dtype
         width = config.num_kv_heads * config.head_dim * block_size
@@ -68,7 +68,7 @@ class ModelRunner:
         def forward() -> torch.Tensor:
             return self.model(batch.input_ids, batch.positions, self._attention(batch))
 
-        return self._recorded.run(batch.num_rows, forward) if batch.has_one_row_each else forward()
+        return self.recorded_steps.run(batch.num_rows, forward) if batch.has_one_row_each else forward()
 
     def _attention(self, batch: InputBatch) -> PagedAttention:
         return PagedAttention(

@@ -17,6 +17,10 @@ class RecordedSteps:
         self._recordings: dict[int, Recording | None] = {}  # by number of rows; None where one step has been seen
         self._arena = Arena()
 
+    def recording(self, num_rows: int) -> Recording | None:
+        """The recorded step of so many rows, if there is one."""
+        return self._recordings.get(num_rows)
+
     def run(self, num_rows: int, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
         """What `forward` gives: computed by it, or by a recording of it (and then overwritten next time)."""
         if num_rows not in self._recordings:

@@ -38,7 +38,7 @@ class Recording:
     """What `record` noted: `run()` does it again and returns the same output tensor, overwritten."""
 
     def __init__(self, calls: Sequence[tuple[str, tuple]], output: torch.Tensor) -> None:
-        self.output = output
+        self.calls, self.output = calls, output
         self._calls = (_Call * len(calls))(*(_as_call(name, arguments) for name, arguments in calls))
 
     def run(self) -> torch.Tensor:
@@ -46,6 +46,10 @@ class Recording:
         if num_done != len(self._calls):
             raise MemoryError(f"recorded kernel call {num_done} of {len(self._calls)} found no memory")
         return self.output
+
+    def only(self, *names: str) -> Recording:
+        """The calls of some kernels alone, to time them; what they compute means nothing."""
+        return Recording([call for call in self.calls if call[0] in names], self.output)
 
 
 class Arena:

@@ -10,7 +10,6 @@
 #include <limits.h>
 #include <linux/futex.h>
 #include <pthread.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -20,7 +19,7 @@
 
 #define LS_MAX_THREADS 256
 #define LS_JOBS 4            /* slots reused in turn; only the newest is ever taken from */
-#define LS_SPINS 4000        /* about 40 us of polling before a worker sleeps or the caller yields */
+#define LS_SPINS 4000        /* about 40 us of polling before a worker or the caller sleeps */
 
 typedef struct {
     _Atomic(ls_tile_fn) fn;
@@ -32,6 +31,8 @@ typedef struct {
 static job_slot slots[LS_JOBS];
 static _Atomic uint64_t ticket;
 static _Atomic uint32_t wake_word; /* futex: changes with every job */
+static _Atomic uint32_t done_word; /* futex: changes when a job's last tile is done */
+static _Atomic int caller_sleeps;
 static _Atomic int num_sleeping;
 static _Atomic int num_threads = 1;
 static _Atomic int num_workers;    /* threads that exist, beside the caller's */
@@ -79,12 +80,14 @@ static int run_tiles(void) {
         job_slot *slot = &slots[(seen >> 32) % LS_JOBS];
         ls_tile_fn fn = atomic_load(&slot->fn);
         void *job = atomic_load(&slot->job);
-        int64_t tile = (int64_t)(seen & 0xffffffffu);
-        if (tile >= atomic_load(&slot->num_tiles)) return ran;
+        int64_t tile = (int64_t)(seen & 0xffffffffu), num_tiles = atomic_load(&slot->num_tiles);
+        if (tile >= num_tiles) return ran;
         if (!atomic_compare_exchange_weak(&ticket, &seen, seen + 1)) continue;
         fn(job, tile);
-        atomic_fetch_add(&slot->num_done, 1);
         ran = 1;
+        if (atomic_fetch_add(&slot->num_done, 1) + 1 < num_tiles) continue;
+        atomic_fetch_add(&done_word, 1);
+        if (atomic_load(&caller_sleeps)) futex_wake_all(&done_word);
     }
 }
 
@@ -133,6 +136,22 @@ int ls_set_num_threads(int wanted) {
 
 int ls_get_num_threads(void) { return atomic_load(&num_threads); }
 
+/* Waits for tiles that others hold. A worker that lost its core to another program gets the caller's, but only if the caller
+ * sleeps: a core that spins is not idle, and the tile would wait for the worker's next turn on its own. */
+static void wait_until_done(job_slot *slot, int64_t num_tiles) {
+    for (int spins = 0; spins < LS_SPINS; spins++) {
+        if (atomic_load(&slot->num_done) == num_tiles) return;
+        pause_cpu();
+    }
+    atomic_store(&caller_sleeps, 1);
+    for (;;) {
+        uint32_t seen = atomic_load(&done_word);
+        if (atomic_load(&slot->num_done) == num_tiles) break;
+        futex_wait(&done_word, seen);
+    }
+    atomic_store(&caller_sleeps, 0);
+}
+
 static void share_out(ls_tile_fn fn, void *job, int64_t num_tiles) {
     pthread_mutex_lock(&one_job);
     uint64_t generation = (atomic_load(&ticket) >> 32) + 1;
@@ -145,10 +164,7 @@ static void share_out(ls_tile_fn fn, void *job, int64_t num_tiles) {
     atomic_fetch_add(&wake_word, 1);
     if (atomic_load(&num_sleeping) > 0) futex_wake_all(&wake_word);
     run_tiles();
-    for (int spins = 0; atomic_load(&slot->num_done) < num_tiles; spins++) {
-        pause_cpu();
-        if (spins > LS_SPINS) sched_yield(); /* a worker holds the last tile but may need this very core */
-    }
+    wait_until_done(slot, num_tiles);
     pthread_mutex_unlock(&one_job);
 }
 
