@@ -20,6 +20,7 @@ _SIGNATURES = {
     "ls_round_transposed": (None, [_P, _I, _P, _I, _I, _I]),
     "ls_pack_columns": (None, [_P, _I, _P, _I, _I]),
     "ls_rms_norm": (None, [_P, _I, _P, _P, _P, _P, _I, _P, _I, _I, _I, _F]),
+    "ls_rms_norm_backward": (None, [_P, _I, _P, _P, _P, _I, _P, _P, _I, _P, _I, _I, _I]),
     "ls_rotary_table": (None, [_P, _P, _I, _I]),
     "ls_rotary": (None, [_P, _I, _P, _P, _P, _I, _I, _I, _F]),
     "ls_silu_and_mul": (None, [_P, _P, _I, _I]),

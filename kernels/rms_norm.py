@@ -7,6 +7,8 @@ import torch
 from kernels.library import library
 from kernels.linear import check_float32
 
+ROWS_PER_PART = 32  # as in csrc/rms_norm_backward.c
+
 
 def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
     """y[T, D] = x / sqrt(mean(x^2) + eps) * weight, row by row."""
@@ -72,30 +74,42 @@ def _rms_norm(x, delta, weight, eps, keep_scale):
     return total, y, scale
 
 
-def _backward(x, scale, weight, grad):
-    """Gradients of y = x r w with r = (mean(x^2) + eps)^-1/2."""
-    normed = x * scale[:, None]
-    weighted = grad * weight
-    inner = (weighted * normed).mean(-1, keepdim=True)
-    return (weighted - normed * inner) * scale[:, None], (grad * normed).sum(0)
+def _backward(x, scale, weight, grad, grad_sum, dx):
+    """Writes the gradient of x [T, heads, D] into dx and returns that of the weight."""
+    num_rows, num_heads, width = x.shape
+    parts = x.new_empty(-(-num_rows * num_heads // ROWS_PER_PART), width)
+    library().ls_rms_norm_backward(
+        x.data_ptr(), x.stride(0), scale.data_ptr(), weight.data_ptr(), grad.data_ptr(), grad.stride(0),
+        None if grad_sum is None else grad_sum.data_ptr(), dx.data_ptr(), dx.stride(0), parts.data_ptr(),
+        num_rows, num_heads, width,
+    )  # fmt: skip
+    return parts.sum(0)
+
+
+def _row_backward(x, scale, weight, grad, grad_sum):
+    grad, dx = grad.contiguous(), x.new_empty(x.shape)
+    sums = None if grad_sum is None else grad_sum.contiguous()
+    grad_weight = _backward(x[:, None], scale, weight, grad[:, None], sums, dx[:, None])
+    return dx, grad_weight
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
+        x = x if x.stride(1) == 1 else x.contiguous()
         _, y, scale = _rms_norm(x, None, weight, eps, keep_scale=True)
         ctx.save_for_backward(x, scale, weight)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        grad_x, grad_weight = _backward(*ctx.saved_tensors, grad)
-        return grad_x, grad_weight, None
+        return *_row_backward(*ctx.saved_tensors, grad, None), None
 
 
 class _HeadNorms(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, q_weight, k_weight, num_heads, eps):
+        x = x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
         num_rows, num_all, _ = x.shape
         scales = x.new_empty(num_rows, num_heads), x.new_empty(num_rows, num_all - num_heads)
         ctx.save_for_backward(x, q_weight, k_weight, *scales)
@@ -104,13 +118,10 @@ class _HeadNorms(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, *weights, q_scale, k_scale = ctx.saved_tensors
-        grad_x, grad_weights = torch.empty_like(grad), []
+        grad, dx, grad_weights = grad.contiguous(), x.new_empty(x.shape), []
         for heads, weight, scale in zip(_query_and_key_heads(q_scale.shape[1]), weights, (q_scale, k_scale)):
-            flat_x, flat_grad = x[:, heads].flatten(0, 1), grad[:, heads].flatten(0, 1)
-            part, grad_weight = _backward(flat_x, scale.flatten(), weight, flat_grad)
-            grad_x[:, heads] = part.view_as(grad_x[:, heads])
-            grad_weights.append(grad_weight)
-        return grad_x, *grad_weights, None, None
+            grad_weights.append(_backward(x[:, heads], scale, weight, grad[:, heads], None, dx[:, heads]))
+        return dx, *grad_weights, None, None
 
 
 class _AddRMSNorm(torch.autograd.Function):
@@ -122,6 +133,5 @@ class _AddRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total, grad):
-        grad_x, grad_weight = _backward(*ctx.saved_tensors, grad)
-        grad_x = grad_x + grad_total
+        grad_x, grad_weight = _row_backward(*ctx.saved_tensors, grad, grad_total)
         return grad_x, grad_x, grad_weight, None

@@ -12,7 +12,7 @@ from kernel_checks import (
 
 from kernels import reference
 from kernels.library import set_num_threads
-from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rms_norm import add_rms_norm, head_norms, rms_norm
 
 EPS = 1e-5
 
@@ -98,6 +98,40 @@ def test_gradients_of_the_fused_form_reach_both_terms():
     torch.autograd.backward(add_rms_norm(*inputs, EPS), [grad_total, grad])
     for actual, exact in zip(inputs, exact_inputs):
         assert_close(actual.grad, exact.grad, 2e-6)
+
+
+def make_heads(num_rows: int):
+    """(heads [T, 5, 32] strided over rows, as they lie in the output of q, k and v, and the two weights)."""
+    wide = spread(num_rows, 7 * 32, seed=24)
+    return wide.view(num_rows, 7, 32)[:, :5], spread(32, seed=25), spread(32, seed=26)
+
+
+def test_each_head_is_normed_by_itself():
+    qk, q_weight, k_weight = make_heads(33)
+    y = head_norms(qk, q_weight, k_weight, 3, EPS)
+    for head in range(5):
+        expected = rms_norm(qk[:, head].contiguous(), q_weight if head < 3 else k_weight, EPS)
+        assert_same_bits(y[:, head], expected)
+    assert_same_bits(head_norms(qk[7:8], q_weight, k_weight, 3, EPS), y[7:8])
+
+
+@pytest.mark.parametrize("num_rows", [1, 33, 70])
+def test_gradients_of_heads_are_those_of_the_formula(num_rows):
+    inputs, grad = make_heads(num_rows), spread(num_rows, 5, 32, seed=27)
+    exact = [t.double().requires_grad_() for t in inputs]
+    torch.cat([_exact(exact[0][:, :3], exact[1]), _exact(exact[0][:, 3:], exact[2])], 1).backward(grad.double())
+
+    def gradients():
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        head_norms(*leaves, 3, EPS).backward(grad)
+        return [t.grad for t in leaves]
+
+    first = gradients()
+    for actual, wanted in zip(first, exact):
+        assert_close(actual, wanted.grad, 2e-6)
+    set_num_threads(3)
+    for once, again in zip(first, gradients()):
+        assert_same_bits(once, again)
 
 
 def test_another_dtype_is_refused():
