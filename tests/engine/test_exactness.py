@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 from exactness_checks import (
     NEEDLE,
     PROMPT_LENGTH,
@@ -21,6 +22,7 @@ from exactness_checks import (
 )
 
 from engine import SamplingParams
+from kernels.linear import unpack_rows
 
 
 @pytest.mark.parametrize("num_mates", [1, 2, 6, 15, 31, 63, 127])
@@ -29,6 +31,19 @@ def test_a_needle_in_a_batch_equals_the_needle_alone(setting: Setting, num_mates
     requests.insert(num_mates // 2, ("needle", (prompt_of(0), NEEDLE)))
     engine = make_engine(setting, num_blocks=1600, max_num_batched_tokens=256)
     assert bits(run(engine, dict(requests))["needle"][0]) == alone(setting)
+
+
+def test_an_engine_on_torchs_linear_would_not_pass(tiny_setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: torch chooses how to add by the number of rows, and the needle notices its company."""
+
+    def torchs_linear(x, packed, num_outputs, bias, master, is_dot):
+        x = x.bfloat16().float() if is_dot else x
+        return torch.nn.functional.linear(x, unpack_rows(packed, 0, num_outputs), bias)
+
+    monkeypatch.setattr("engine.model.linear", torchs_linear)
+    by_itself = run_one(make_engine(tiny_setting), prompt_of(0))
+    batched = run(make_engine(tiny_setting), {**random_mates(15, seed=15), "needle": (prompt_of(0), NEEDLE)})["needle"]
+    assert bits(batched[0]) != bits(by_itself)
 
 
 def test_weights_of_spread_exponents_change_nothing(tiny_setting: Setting) -> None:
