@@ -1,7 +1,7 @@
 """Attention metadata: what the model is told about the rows of a step (paged) or a training batch (packed).
 
-The model calls `attention(layer, q, k, v)` and does not know which of the two it has. Both end in the same kernel,
-which visits keys at fixed absolute positions, so a row's result is the same bits in either.
+The model calls `attention(layer, q, k, v, window)` and does not know which of the two it has. Both end in the same
+kernel, which visits keys at fixed absolute positions, so a row's result is the same bits in either.
 """
 
 from __future__ import annotations
@@ -19,9 +19,14 @@ if TYPE_CHECKING:
 
 
 class Attention(Protocol):
-    """What `Transformer.forward` needs: stores or uses k and v of a layer and returns the attended values [T, N, H]."""
+    """What `Transformer.forward` needs: stores or uses k and v of a layer and returns the attended values [T, N, H].
 
-    def __call__(self, layer: int, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> torch.Tensor: ...
+    `window` > 0 limits how many keys a row sees, itself included.
+    """
+
+    def __call__(
+        self, layer: int, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, window: int
+    ) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,10 +41,13 @@ class PagedAttention:
     slot_mapping: torch.Tensor  # [T] int64, block * S + slot where each row's key and value go
     scale: float
 
-    def __call__(self, layer: int, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, layer: int, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, window: int
+    ) -> torch.Tensor:
         keys, values = self.key_blocks[layer], self.value_blocks[layer]
         kv_store(k_TKH, v_TKH, keys, values, self.slot_mapping)
-        return paged_attention(q_TNH, keys, values, self.block_tables, self.cu_seqlens_q, self.seq_lens, self.scale)
+        tables, starts, lengths = self.block_tables, self.cu_seqlens_q, self.seq_lens
+        return paged_attention(q_TNH, keys, values, tables, starts, lengths, self.scale, window)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,11 +72,14 @@ class PackedAttention:
     ) -> PackedAttention:
         """Lays out a packed batch whose rows are covered by `segments` in order, children right after their parent.
 
-        kv_dtype: in what keys and values are kept; the engine's, for equal bits.
+        kv_dtype is that of the engine's blocks, to which keys and values are rounded.
+
         Raises ValueError where the segments leave a gap or a parent does not directly precede its children.
         """
         runs = [(s.start_row, s.end_row, -1 if s.parent is None else s.parent) for s in segments]
         return cls(plan=PackedPlan(runs, kv_dtype=kv_dtype), scale=config.head_dim**-0.5)
 
-    def __call__(self, layer: int, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> torch.Tensor:
-        return packed_attention(q_TNH, k_TKH, v_TKH, self.plan, self.scale)
+    def __call__(
+        self, layer: int, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, window: int
+    ) -> torch.Tensor:
+        return packed_attention(q_TNH, k_TKH, v_TKH, self.plan, self.scale, window)

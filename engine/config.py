@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import os
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Literal, get_args
@@ -17,8 +16,6 @@ KVCacheDtype = Literal["auto", "float32", "bfloat16"]
 Device = Literal["auto", "cpu"]
 
 BLOCK_SIZE_MULTIPLE = 16  # the attention kernels' lanes run over this many slots
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,23 +86,16 @@ class EngineConfig:
     def resolve_max_model_len(self, model_config: ModelConfig) -> int:
         """The longest prompt + completion, in tokens: as asked for, or all that the model can do.
 
-        A model with sliding-window attention is run up to its window, inside which the window changes nothing.
         Raises ValueError where more is asked for than the model can do.
         """
-        limit = model_config.context_length
-        window = model_config.sliding_window
+        limit = model_config.max_position_embeddings
         if self.max_model_len is None:
-            if window is not None:
-                logger.warning(
-                    "max_model_len is %d, the sliding window of this model, not its %d positions: "
-                    "attention beyond the window is not available",
-                    limit,
-                    model_config.max_position_embeddings,
-                )
             return limit
         if self.max_model_len > limit:
-            reason = "sliding window" if window is not None else "context length (max_position_embeddings)"
-            raise ValueError(f"max_model_len={self.max_model_len} exceeds the model's {reason} of {limit}: lower it")
+            raise ValueError(
+                f"max_model_len={self.max_model_len} exceeds the model's context length (max_position_embeddings) of "
+                f"{limit}: lower it"
+            )
         return self.max_model_len
 
 

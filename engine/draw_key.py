@@ -12,12 +12,13 @@ DRAW_KEY = np.dtype(
         ("index", np.int64),  # of the sample in its group
         ("is_greedy", np.int64),
         ("temperature", np.float32),  # 1 where greedy
-        ("padding", np.int32),
+        ("needs_logits", np.int32),
     ]
 )
 
 
-def pack_draw_key(params: SamplingParams, seed: int, index: int) -> bytes:
+def pack_draw_key(params: SamplingParams, seed: int, index: int, needs_logits: bool) -> bytes:
     """The DRAW_KEY of a sample."""
     signed_seed = seed - 2**64 if seed >= 2**63 else seed
-    return np.array((signed_seed, index, params.is_greedy, params.logprob_temperature, 0), DRAW_KEY).tobytes()
+    values = (signed_seed, index, params.is_greedy, params.logprob_temperature, needs_logits)
+    return np.array(values, DRAW_KEY).tobytes()

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from engine.sampling_batch import SamplingBatch
-from engine.step_plan import SchedulerOutput
+from engine.step_plan import ScheduledRequest, SchedulerOutput
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputBatch:
-    """T rows of B requests, and who draws from them."""
+    """T rows of B requests. Views of the buffers that `InputBuffers` owns: good until it packs the next plan."""
 
     input_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64
@@ -21,42 +21,69 @@ class InputBatch:
     seq_lens: torch.Tensor  # [B] int32
     block_tables: torch.Tensor  # [B, max_blocks] int32
     slot_mapping: torch.Tensor  # [T] int64
-    sampling: SamplingBatch
-
-    @classmethod
-    def from_plan(cls, plan: SchedulerOutput, block_size: int) -> InputBatch:
-        """Packs a non-empty plan."""
-        input_ids: list[int] = []
-        starts, lengths, cu_seqlens = [], [], [0]
-        for item in plan.scheduled:
-            end = item.start + item.num_tokens
-            input_ids += item.request.token_ids[item.start : end]
-            starts.append(item.start)
-            lengths.append(end)
-            cu_seqlens.append(len(input_ids))
-        cu_seqlens_q, first = np.array(cu_seqlens, dtype=np.int64), np.array(starts, dtype=np.int64)
-        sequence = np.repeat(np.arange(len(starts)), np.diff(cu_seqlens_q))
-        positions = np.arange(len(input_ids)) + (first - cu_seqlens_q[:-1])[sequence]
-        tables = _block_tables(plan)
-        slots = tables[sequence, positions // block_size].astype(np.int64) * block_size + positions % block_size
-        return cls(
-            input_ids=torch.tensor(input_ids, dtype=torch.int64),
-            positions=torch.from_numpy(positions),
-            cu_seqlens_q=torch.from_numpy(cu_seqlens_q.astype(np.int32)),
-            seq_lens=torch.tensor(lengths, dtype=torch.int32),
-            block_tables=torch.from_numpy(tables),
-            slot_mapping=torch.from_numpy(slots),
-            sampling=SamplingBatch.from_plan(plan, cu_seqlens),
-        )
+    sampling: SamplingBatch  # who draws from which row
 
     @property
     def num_rows(self) -> int:
         return self.input_ids.shape[0]
 
+    @property
+    def has_one_row_each(self) -> bool:
+        """Whether every request computes a single row, as in decode: such a batch is known by its number of rows."""
+        return self.input_ids.shape[0] == self.seq_lens.shape[0]
 
-def _block_tables(plan: SchedulerOutput) -> np.ndarray:
-    width = max(len(item.request.block_ids) for item in plan.scheduled)
-    tables = np.zeros((len(plan.scheduled), width), dtype=np.int32)
-    for row, item in zip(tables, plan.scheduled, strict=True):
-        row[: len(item.request.block_ids)] = item.request.block_ids
-    return tables
+
+class InputBuffers:
+    """Room for the largest step, written in place: addresses stay, so that a recorded step can read them again."""
+
+    def __init__(self, *, max_num_rows: int, max_num_seqs: int, max_blocks_per_seq: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.input_ids = np.zeros(max_num_rows, np.int64)
+        self.positions = np.zeros(max_num_rows, np.int64)
+        self.slot_mapping = np.zeros(max_num_rows, np.int64)
+        self.cu_seqlens_q = np.zeros(max_num_seqs + 1, np.int32)
+        self.seq_lens = np.zeros(max_num_seqs, np.int32)
+        self.block_tables = np.zeros((max_num_seqs, max_blocks_per_seq), np.int32)
+        self._table_rows: list[list[int]] = [[] for _ in range(max_num_seqs)]  # what block_tables holds
+
+    def pack(self, plan: SchedulerOutput) -> InputBatch:
+        """Writes a non-empty plan."""
+        scheduled, T, B = plan.scheduled, plan.num_scheduled_tokens, len(plan.scheduled)
+        starts = np.array([item.start for item in scheduled])
+        counts = np.array([item.num_tokens for item in scheduled])
+        self.seq_lens[:B] = starts + counts
+        np.cumsum(counts, out=self.cu_seqlens_q[1 : B + 1])
+        self.input_ids[:T] = _token_ids(scheduled, T)
+        self._write_tables(scheduled)
+        self._write_places(starts, counts, T)
+        return InputBatch(
+            input_ids=torch.from_numpy(self.input_ids[:T]),
+            positions=torch.from_numpy(self.positions[:T]),
+            cu_seqlens_q=torch.from_numpy(self.cu_seqlens_q[: B + 1]),
+            seq_lens=torch.from_numpy(self.seq_lens[:B]),
+            block_tables=torch.from_numpy(self.block_tables[:B]),
+            slot_mapping=torch.from_numpy(self.slot_mapping[:T]),
+            sampling=SamplingBatch.from_plan(plan, self.cu_seqlens_q[: B + 1]),
+        )
+
+    def _write_tables(self, scheduled: list[ScheduledRequest]) -> None:
+        """Most rows hold what they held a step ago."""
+        for row, item in enumerate(scheduled):
+            block_ids = item.request.block_ids
+            if self._table_rows[row] != block_ids:
+                self.block_tables[row, : len(block_ids)] = block_ids
+                self._table_rows[row] = block_ids.copy()
+
+    def _write_places(self, starts: np.ndarray, counts: np.ndarray, num_rows: int) -> None:
+        """Position and slot of every row."""
+        sequence = np.repeat(np.arange(len(starts)), counts)
+        positions = np.arange(num_rows) + (starts - self.cu_seqlens_q[: len(starts)])[sequence]
+        self.positions[:num_rows] = positions
+        blocks, offsets = np.divmod(positions, self.block_size)
+        self.slot_mapping[:num_rows] = self.block_tables[sequence, blocks].astype(np.int64) * self.block_size + offsets
+
+
+def _token_ids(scheduled: list[ScheduledRequest], num_rows: int) -> list[int]:
+    if num_rows == len(scheduled):
+        return [item.request.token_ids[item.start] for item in scheduled]
+    return [i for item in scheduled for i in item.request.token_ids[item.start : item.start + item.num_tokens]]

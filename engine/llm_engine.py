@@ -48,7 +48,7 @@ class LLMEngine:
         self.max_model_len = config.resolve_max_model_len(self.model_config)
         num_blocks = resolve_num_blocks(config, self.model_config, self.max_model_len)
         self.config = replace(config, max_model_len=self.max_model_len)
-        self.model_runner = ModelRunner(self.model_config, config.profile_name, num_blocks, config.block_size)
+        self.model_runner = ModelRunner(self.model_config, self.config, num_blocks)
         self.weights_checksum = self.model_runner.load_weights(iter_weights(directory), policy_version=0)
         block_pool = BlockPool(num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(self.config, block_pool, self.weights_checksum)
@@ -66,8 +66,8 @@ class LLMEngine:
         Without `params.seed` the seed is derived from the engine's and the request id. Smaller priorities go first.
 
         Raises:
-            ValueError: for an empty or too long prompt, ids outside the vocabulary, an id in use, or a request that
-                could never fit the KV pool.
+            ValueError: for an empty or too long prompt, ids outside the vocabulary, an id in use, sampling parameters
+                that this model cannot serve, or a request that could never fit the KV pool.
         """
         params = params or SamplingParams()
         leader = Request.create_group(
@@ -78,6 +78,7 @@ class LLMEngine:
             priority=priority,
             eos_token_ids=self.model_config.eos_token_ids,
             tokenizer=self.tokenizer,
+            vocab_size=self.model_config.vocab_size,
         )
         self.scheduler.add(leader)
 

@@ -20,7 +20,7 @@ from kernels.attention import check_attention_shape
 from kernels.checksum import combine_digests, digest_and_scan
 from kernels.linear import embedding, linear, pack_rows, packed_shape, unpack_rows
 from kernels.profiles import Profile, get_profile
-from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rms_norm import add_rms_norm, head_norms, rms_norm
 from kernels.rotary import rotary, rotary_table
 from kernels.storage import empty_storage
 
@@ -106,16 +106,10 @@ class SelfAttention(nn.Module):
         qkv_TXH = self.qkv(x_TD).view(-1, N + 2 * K, H)
         qk_TXH, v_TKH = qkv_TXH[:, : N + K], qkv_TXH[:, N + K :]
         if self.config.has_qk_norm:
-            qk_TXH = self._normed(qk_TXH)
+            qk_TXH = head_norms(qk_TXH, self.q_norm.weight, self.k_norm.weight, N, self.config.rms_norm_eps)
         qk_TXH = rotary(qk_TXH, positions, table)
-        out_TNH = attention(self.layer, qk_TXH[:, :N], qk_TXH[:, N:], v_TKH)
+        out_TNH = attention(self.layer, qk_TXH[:, :N], qk_TXH[:, N:], v_TKH, self.config.window_of(self.layer))
         return self.output(out_TNH.view(-1, N * H))
-
-    def _normed(self, qk_TXH: torch.Tensor) -> torch.Tensor:
-        N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        q_TNH = self.q_norm(qk_TXH[:, :N].reshape(-1, H)).view(-1, N, H)
-        k_TKH = self.k_norm(qk_TXH[:, N:].reshape(-1, H)).view(-1, K, H)
-        return torch.cat([q_TNH, k_TKH], dim=1)
 
 
 class FeedForward(nn.Module):
@@ -198,7 +192,7 @@ class Transformer(nn.Module):
             if config.tie_word_embeddings
             else PackedLinear(config.vocab_size, config.hidden_size, profile, with_master=with_masters)
         )
-        table = rotary_table(config.context_length, config.head_dim, config.rope_theta)
+        table = rotary_table(config.max_position_embeddings, config.head_dim, config.rope_theta)
         self.register_buffer("rotary_table", table, persistent=False)
         self._slots = dict(_weight_slots(self))
 

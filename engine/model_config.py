@@ -43,7 +43,7 @@ class ModelConfig:
     attention_output_bias: bool = False  # the o projection has one
     has_qk_norm: bool = False  # RMSNorm over each head of q and k, before rotary
     eos_token_ids: tuple[int, ...] = ()
-    sliding_window: int | None = None  # only where it is shorter than max_position_embeddings
+    attention_windows: tuple[int, ...] = ()  # per layer, how many keys a row sees, itself included; 0: all. (): all do
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -54,10 +54,9 @@ class ModelConfig:
             if not 0 <= token_id < self.vocab_size:
                 raise ValueError(f"eos_token_id={token_id} is outside the vocabulary of {self.vocab_size} tokens")
 
-    @property
-    def context_length(self) -> int:
-        """The longest sequence that this model is computed exactly for, in tokens."""
-        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+    def window_of(self, layer: int) -> int:
+        """How many keys a row of this layer sees at most, itself included; 0 where it sees all."""
+        return self.attention_windows[layer] if self.attention_windows else 0
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> ModelConfig:
@@ -94,7 +93,7 @@ class ModelConfig:
             attention_output_bias=has_bias_option,
             has_qk_norm=model_type == "qwen3",
             eos_token_ids=_token_ids(config.get("eos_token_id")),
-            sliding_window=_sliding_window(config, model_type, num_layers, max_position_embeddings),
+            attention_windows=_attention_windows(config, model_type, num_layers, max_position_embeddings),
         )
 
 
@@ -179,19 +178,29 @@ def _head_dim(config: Mapping[str, Any], model_type: str, num_heads: int) -> int
     return hidden_size // num_heads
 
 
-def _sliding_window(config: Mapping[str, Any], model_type: str, num_layers: int, num_positions: int) -> int | None:
-    if model_type == "llama" or (model_type != "mistral" and not _has_sliding_layers(config, num_layers)):
-        return None
-    window = config.get("sliding_window", _DEFAULT_SLIDING_WINDOW)
-    return window if window is not None and window < num_positions else None
+def _attention_windows(
+    config: Mapping[str, Any], model_type: str, num_layers: int, num_positions: int
+) -> tuple[int, ...]:
+    """The window of each layer; () where none is shorter than the context."""
+    slides = _sliding_layers(config, model_type, num_layers)
+    if not any(slides) or config.get("sliding_window", _DEFAULT_SLIDING_WINDOW) is None:
+        return ()
+    window = _size(config, "sliding_window", _DEFAULT_SLIDING_WINDOW)
+    return tuple(window if slide else 0 for slide in slides) if window < num_positions else ()
 
 
-def _has_sliding_layers(config: Mapping[str, Any], num_layers: int) -> bool:
+def _sliding_layers(config: Mapping[str, Any], model_type: str, num_layers: int) -> list[bool]:
+    if model_type in ("llama", "mistral"):
+        return [model_type == "mistral"] * num_layers
     if not config.get("use_sliding_window", False):
-        return False
-    if config.get("layer_types") is not None:
-        return "sliding_attention" in config["layer_types"]
-    return config.get("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS) < num_layers
+        return [False] * num_layers
+    layer_types = config.get("layer_types")
+    if layer_types is None:
+        first = config.get("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS)
+        return [layer >= first for layer in range(num_layers)]
+    if len(layer_types) != num_layers:
+        raise ValueError(f"layer_types has {len(layer_types)} entries: it needs one for each of {num_layers} layers")
+    return [layer_type == "sliding_attention" for layer_type in layer_types]
 
 
 def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 import torch
 
 from engine.attention import PagedAttention
-from engine.input_batch import InputBatch
+from engine.config import EngineConfig
+from engine.input_batch import InputBatch, InputBuffers
 from engine.model import NamedTensors, Transformer
 from engine.model_config import ModelConfig
+from engine.recorded_steps import RecordedSteps
 from engine.sampler import Sampler
 from engine.step_plan import ModelRunnerOutput, SchedulerOutput
 from kernels.attention import check_attention_shape, copy_blocks
@@ -19,12 +21,21 @@ from kernels.storage import empty_storage
 class ModelRunner:
     """Executes steps on the CPU. Storage of weights and KV is allocated once and never moves."""
 
-    def __init__(self, config: ModelConfig, numerics: str, num_blocks: int, block_size: int) -> None:
+    def __init__(self, config: ModelConfig, engine_config: EngineConfig, num_blocks: int) -> None:
+        """engine_config: with max_model_len resolved."""
+        block_size = engine_config.block_size
         check_attention_shape(config.head_dim, block_size)
-        self.config, self.block_size = config, block_size
-        self.model = Transformer(config, numerics)
+        self.config = config
+        self.model = Transformer(config, engine_config.profile_name)
         self.sampler = Sampler(self.model.lm_head)
         self.policy_version = 0
+        self.input_buffers = InputBuffers(
+            max_num_rows=engine_config.max_num_batched_tokens,
+            max_num_seqs=engine_config.max_num_seqs,
+            max_blocks_per_seq=-(-engine_config.max_model_len // block_size),
+            block_size=block_size,
+        )
+        self._recorded = RecordedSteps()
         # Keys, then values: [2, L, P, K * H * S]. Unwritten pages of it cost no memory.
         kv_dtype = self.model.profile.kv_dtype
         width = config.num_kv_heads * config.head_dim * block_size
@@ -48,10 +59,16 @@ class ModelRunner:
         if plan.is_empty:
             return ModelRunnerOutput(token_ids=[], logprobs=[], policy_version=version)
         copy_blocks(self.kv_storage.flatten(0, 1), plan.block_copies)
-        batch = InputBatch.from_plan(plan, self.block_size)
-        hidden_TD = self.model(batch.input_ids, batch.positions, self._attention(batch))
-        token_ids, logprobs = self.sampler(hidden_TD, batch.sampling)
-        return ModelRunnerOutput(token_ids=token_ids, logprobs=logprobs, policy_version=version)
+        batch = self.input_buffers.pack(plan)
+        hidden_TD = self._hidden_states(batch)
+        token_ids, logprobs, details = self.sampler(hidden_TD, batch.sampling)
+        return ModelRunnerOutput(token_ids=token_ids, logprobs=logprobs, policy_version=version, details=details)
+
+    def _hidden_states(self, batch: InputBatch) -> torch.Tensor:
+        def forward() -> torch.Tensor:
+            return self.model(batch.input_ids, batch.positions, self._attention(batch))
+
+        return self._recorded.run(batch.num_rows, forward) if batch.has_one_row_each else forward()
 
     def _attention(self, batch: InputBatch) -> PagedAttention:
         return PagedAttention(

@@ -10,7 +10,7 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(slots=True, kw_only=True)
 class Completion:
-    """One finished sample of a request; the three lists have one entry per generated token."""
+    """One finished sample of a request; the lists have one entry per generated token."""
 
     request_id: str
     index: int  # which of the request's n samples
@@ -21,6 +21,20 @@ class Completion:
     stop_reason: int | str | None  # the stop token id or stop string; None for an end token, length and abort
     text: str  # without the stop string or stop token; "" where the engine has no tokenizer
     is_exact: bool  # False where a token was drawn on keys and values of older weights
+    # where more than a temperature changes the distribution; else None
+    raw_logprobs: list[float] | None = None  # each exactly a float32, under the model's own distribution
+    kept_mass: list[float] | None = None  # share of the distribution before truncation that could be drawn
+    # where `logprobs=k` asks for it: the k likeliest token ids and the drawn one, under the distribution drawn from
+    top_logprobs: list[dict[int, float]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDetail:
+    """What is known of a token that was drawn from written-out logits; a Completion shows what was asked for."""
+
+    raw_logprob: float
+    kept_mass: float
+    top_logprobs: dict[int, float]
 
 
 @dataclass(slots=True)

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Any
+
+import numpy as np
 
 from engine.detokenizer import Detokenizer, Tokenizer
 from engine.draw_key import pack_draw_key
-from engine.outputs import Completion, FinishReason
+from engine.outputs import Completion, FinishReason, TokenDetail
 from engine.sampling_params import SamplingParams
+from engine.seen_tokens import SeenTokens
+from engine.truncation import NO_IDS, TruncationRules
 
 
 class RequestStatus(Enum):
@@ -37,6 +42,7 @@ class Request:
     arrival: int = 0  # stamped by the scheduler
     eos_token_ids: frozenset[int] = frozenset()
     detokenizer: Detokenizer | None = field(default=None, repr=False)
+    rules: TruncationRules | None = field(default=None, repr=False)
     siblings: tuple[Request, ...] = field(default=(), repr=False)
 
     token_ids: list[int] = field(init=False, repr=False)  # prompt, then output
@@ -49,6 +55,8 @@ class Request:
     has_mixed_kv: bool = False  # some keys and values are of older weights
     logprobs: list[float] = field(default_factory=list, repr=False)
     policy_versions: list[int] = field(default_factory=list, repr=False)
+    details: list[TokenDetail] = field(default_factory=list, repr=False)  # of every output token where there are rules
+    seen: SeenTokens = field(init=False, repr=False)
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
@@ -58,7 +66,8 @@ class Request:
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
         self.num_prompt_tokens = len(self.prompt_token_ids)
-        self.draw_key = pack_draw_key(self.params, self.seed, self.index)
+        self.draw_key = pack_draw_key(self.params, self.seed, self.index, self.rules is not None)
+        self.seen = SeenTokens(self.num_prompt_tokens)
 
     @classmethod
     def create_group(
@@ -72,10 +81,12 @@ class Request:
         cache_salt: str = "",
         eos_token_ids: Iterable[int] = (),
         tokenizer: Tokenizer | None = None,
+        vocab_size: int = 2**31 - 1,
     ) -> Request:
-        """The leader of `params.n` samples of one prompt, with its siblings."""
+        """The leader of `params.n` samples of one prompt, with its siblings; see TruncationRules for the errors."""
         prompt = list(prompt_token_ids)
         eos = frozenset(eos_token_ids)
+        rules = TruncationRules.from_params(params, eos_token_ids=eos, tokenizer=tokenizer, vocab_size=vocab_size)
         samples = [
             cls(
                 request_id=request_id,
@@ -87,6 +98,7 @@ class Request:
                 cache_salt=cache_salt,
                 eos_token_ids=eos,
                 detokenizer=None if tokenizer is None else Detokenizer(tokenizer, prompt, params.stop),
+                rules=rules,
             )
             for index in range(params.n)
         ]
@@ -116,10 +128,24 @@ class Request:
         """Place in every queue: priority, then arrival, then sample."""
         return (self.priority, self.arrival, self.index)
 
-    def append_token(self, token_id: int, logprob: float, policy_version: int) -> None:
+    def seen_tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, counts) for the penalties: tokens of prompt and output, and how often each is in the output."""
+        if self.rules is None or not self.rules.has_penalties:
+            return NO_IDS, NO_IDS
+        return self.seen.read(self.token_ids)
+
+    def masked_ids(self) -> np.ndarray:
+        """Ids that the next token cannot be."""
+        return NO_IDS if self.rules is None else self.rules.masked_ids(self.token_ids, self.num_output_tokens)
+
+    def append_token(
+        self, token_id: int, logprob: float, policy_version: int, detail: TokenDetail | None = None
+    ) -> None:
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)
         self.policy_versions.append(policy_version)
+        if detail is not None:
+            self.details.append(detail)
         if self.has_mixed_kv:
             self.is_exact = False
 
@@ -160,7 +186,19 @@ class Request:
             stop_reason=self.stop_reason,
             text=self._text(),
             is_exact=self.is_exact,
+            **self._detail_columns(),
         )
+
+    def _detail_columns(self) -> dict[str, list[Any]]:
+        if self.rules is None:
+            return {}
+        columns: dict[str, list[Any]] = {}
+        if self.rules.changes_distribution:
+            columns["raw_logprobs"] = [detail.raw_logprob for detail in self.details]
+            columns["kept_mass"] = [detail.kept_mass for detail in self.details]
+        if self.rules.num_top:
+            columns["top_logprobs"] = [detail.top_logprobs for detail in self.details]
+        return columns
 
     def _text(self) -> str:
         if self.detokenizer is None:

@@ -2,21 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
+from engine.logits_batch import LogitsBatch
 from engine.model import PackedLinear
+from engine.outputs import TokenDetail
 from engine.sampling_batch import SamplingBatch
+from kernels.linear import linear
 from kernels.logprobs import sample
+from kernels.truncated import truncated_sample
 
 
 class Sampler:
-    """A draw is keyed by the request's seed, the position in its completion and the sample's index alone."""
+    """A draw is keyed by the request's seed, the position in its completion and the sample's index alone.
+
+    Requests that only have a temperature are drawn without their logits ever being written out. The others take
+    another road in the same step, each by its own parameters and never because of its neighbours; those that change
+    nothing and only ask for the likeliest tokens draw the same bits there.
+    """
 
     def __init__(self, lm_head: PackedLinear) -> None:
         self.lm_head = lm_head
 
-    def __call__(self, hidden_TD: torch.Tensor, batch: SamplingBatch) -> tuple[list[int], list[float]]:
-        """(token ids, log-probabilities) in the order of the plan's samples; the latter are exactly float32."""
+    def __call__(
+        self, hidden_TD: torch.Tensor, batch: SamplingBatch
+    ) -> tuple[list[int], list[float], list[TokenDetail | None] | None]:
+        """(token ids, log-probabilities, details) in the order of the plan's samples.
+
+        Log-probabilities are exactly float32. details: None in a step where nobody has any.
+        """
+        token_ids, logprobs = self._draw_plain(hidden_TD, batch)
+        if not batch.logits_batches:
+            return token_ids, logprobs, None
+        drawn: list[tuple[int, float, TokenDetail | None]] = [(0, 0.0, None)] * batch.num_samples
+        for place, token_id, logprob in zip(batch.plain_places, token_ids, logprobs, strict=True):
+            drawn[place] = token_id, logprob, None
+        for part in batch.logits_batches:
+            for place, one in zip(part.places, self._draw_from_logits(hidden_TD, part), strict=True):
+                drawn[place] = one
+        token_ids, logprobs, details = map(list, zip(*drawn, strict=True))
+        return token_ids, logprobs, details
+
+    def _draw_plain(self, hidden_TD: torch.Tensor, batch: SamplingBatch) -> tuple[list[int], list[float]]:
         if not batch.rows.numel():
             return [], []
         if batch.rows.numel() < hidden_TD.shape[0]:
@@ -27,3 +56,24 @@ class Sampler:
             is_greedy.to(torch.uint8), self.lm_head.is_dot,
         )  # fmt: skip
         return token_ids.tolist(), logprobs.tolist()
+
+    def _draw_from_logits(
+        self, hidden_TD: torch.Tensor, batch: LogitsBatch
+    ) -> Iterator[tuple[int, float, TokenDetail]]:
+        """(token id, log-probability, detail) of each sample of the batch."""
+        head, rows_RD = self.lm_head, hidden_TD.index_select(0, batch.rows)
+        logits_RV = linear(rows_RD, head.packed, head.num_outputs, is_dot=head.is_dot)
+        result = truncated_sample(logits_RV, batch.draws, batch.options, max(batch.num_top))
+        columns = (result.token_ids, result.logprobs, result.raw_logprobs, result.kept_mass)
+        listed = (result.top_ids, result.top_logprobs)
+        rows = zip(batch.num_top, *(column.tolist() for column in (*columns, *listed)), strict=True)
+        for num_top, token_id, logprob, raw_logprob, kept_mass, top_ids, top in rows:
+            top_logprobs = _top_logprobs(top_ids[:num_top], top[:num_top], token_id, logprob)
+            yield token_id, logprob, TokenDetail(raw_logprob, kept_mass, top_logprobs)
+
+
+def _top_logprobs(top_ids: list[int], logprobs: list[float], token_id: int, logprob: float) -> dict[int, float]:
+    """By token id, the likeliest first; the token that was drawn comes last if it is none of them."""
+    top_logprobs = {one: value for one, value in zip(top_ids, logprobs, strict=True) if one >= 0}
+    top_logprobs.setdefault(token_id, logprob)
+    return top_logprobs

@@ -9,16 +9,23 @@ import numpy as np
 import torch
 
 from engine.draw_key import DRAW_KEY
+from engine.logits_batch import LogitsBatch
 from engine.step_plan import SchedulerOutput
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingBatch:
-    """R rows that are sampled from, n times in all: siblings share their prompt's last row."""
+    """R rows that are sampled from, n times in all: siblings share their prompt's last row.
+
+    These are the draws of the plain road, which never sees logits. Samples whose distribution is changed, or that ask
+    for the likeliest tokens, are in `logits_batches` instead.
+    """
 
     rows: torch.Tensor  # [R] int64, ascending rows of the step
     temperature: torch.Tensor  # [R] float32, 1.0 where greedy
     draws: torch.Tensor  # [5, n] int64: entry of rows, seed, position in the completion, sample index, greedy
+    plain_places: Sequence[int]  # [n] of the draws among all samples
+    logits_batches: tuple[LogitsBatch, ...] = ()
 
     @classmethod
     def from_plan(cls, plan: SchedulerOutput, cu_seqlens: Sequence[int] | np.ndarray) -> SamplingBatch:
@@ -29,17 +36,41 @@ class SamplingBatch:
         samples = [sample for item in plan.scheduled for sample in item.samples]
         keys = np.frombuffer(b"".join([sample.draw_key for sample in samples]), DRAW_KEY)
         counts = np.array([len(item.samples) for item in plan.scheduled])
-        sampled = np.flatnonzero(counts)
-        counts = counts[sampled]
+        rows = np.repeat(np.asarray(cu_seqlens, dtype=np.int64)[1:] - 1, counts)
         draws = np.empty((5, len(samples)), np.int64)
-        draws[0] = np.repeat(np.arange(len(counts)), counts)
         draws[1] = keys["seed"]
         draws[2] = [len(sample.token_ids) - sample.num_prompt_tokens for sample in samples]
         draws[3] = keys["index"]
         draws[4] = keys["is_greedy"]
-        leaders = np.cumsum(counts) - counts  # the first sample of each row: all of a row share their parameters
-        return cls(
-            rows=torch.from_numpy(np.asarray(cu_seqlens, dtype=np.int64)[sampled + 1] - 1),
-            temperature=torch.from_numpy(keys["temperature"][leaders]),
-            draws=torch.from_numpy(draws),
+        if not keys["needs_logits"].any():
+            return cls._plain(rows, keys["temperature"], draws, range(len(samples)))
+        written, plain = np.flatnonzero(keys["needs_logits"]), np.flatnonzero(keys["needs_logits"] == 0)
+        batches = LogitsBatch.split(samples, written, rows[written], draws.take(written, axis=1))
+        return cls._plain(
+            rows[plain], keys["temperature"][plain], draws.take(plain, axis=1), plain.tolist(), tuple(batches)
         )
+
+    @classmethod
+    def _plain(
+        cls,
+        rows: np.ndarray,
+        temperature: np.ndarray,
+        draws: np.ndarray,
+        plain_places: Sequence[int],
+        logits_batches: tuple[LogitsBatch, ...] = (),
+    ) -> SamplingBatch:
+        """From the row and the temperature of every draw; draws of one row stand together and share the latter."""
+        is_first = np.diff(rows, prepend=-1) != 0
+        draws[0] = np.cumsum(is_first) - 1
+        return cls(
+            rows=torch.from_numpy(rows[is_first]),
+            temperature=torch.from_numpy(temperature[is_first]),
+            draws=torch.from_numpy(draws),
+            plain_places=plain_places,
+            logits_batches=logits_batches,
+        )
+
+    @property
+    def num_samples(self) -> int:
+        """Of both roads."""
+        return len(self.plain_places) + sum(len(batch.places) for batch in self.logits_batches)

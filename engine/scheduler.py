@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 
 from engine.block_pool import BlockPool
 from engine.kv_cache_manager import KVCacheManager
-from engine.outputs import Completion, EngineStats, NewToken, StepOutput
+from engine.outputs import Completion, EngineStats, NewToken, StepOutput, TokenDetail
 from engine.request import Request, RequestStatus
 from engine.step_plan import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
 
@@ -150,15 +150,16 @@ class Scheduler:
         assert num_samples == len(output.token_ids) == len(output.logprobs), "not one token for each sample"
         self._is_step_under_way = False
         policy_version = output.policy_version
-        drawn = zip(output.token_ids, output.logprobs, strict=True)
+        details = output.details or [None] * num_samples
+        drawn = zip(output.token_ids, output.logprobs, details, strict=True)
         step = StepOutput()
         for entry in scheduled.scheduled:
             if entry.samples and entry.request.siblings:
                 self._fork(entry.request)
             for sample in entry.samples:
-                token_id, logprob = next(drawn)
+                token_id, logprob, detail = next(drawn)
                 if sample.status is RequestStatus.RUNNING:  # else aborted while the step ran
-                    self._take_token(sample, token_id, logprob, policy_version, step)
+                    self._take_token(sample, token_id, logprob, policy_version, detail, step)
         self.num_generated_tokens += len(step.new_tokens)
         if step.finished:
             self._drop_finished()
@@ -345,9 +346,15 @@ class Scheduler:
         self.running[place:place] = siblings
 
     def _take_token(
-        self, sample: Request, token_id: int, logprob: float, policy_version: int, step: StepOutput
+        self,
+        sample: Request,
+        token_id: int,
+        logprob: float,
+        policy_version: int,
+        detail: TokenDetail | None,
+        step: StepOutput,
     ) -> None:
-        sample.append_token(token_id, logprob, policy_version)
+        sample.append_token(token_id, logprob, policy_version, detail)
         step.new_tokens.append(NewToken(sample.request_id, sample.index, token_id, logprob, policy_version))
         if sample.check_stop(self.max_model_len):
             self._finish(sample)

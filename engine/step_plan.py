@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.outputs import TokenDetail
 from engine.request import Request
 
 
@@ -37,3 +38,4 @@ class ModelRunnerOutput:
     token_ids: list[int]
     logprobs: list[float]  # each exactly a float32
     policy_version: int  # of the weights at launch
+    details: list[TokenDetail | None] | None = None  # None where no sample of the step has any

@@ -36,7 +36,8 @@ def kv_store(
 ) -> None:
     """Writes rows of k and v into slots, in place: row `rows[i]` goes to slot_mapping[i] = block * S + slot.
 
-    Bfloat16 blocks get the nearest bfloat16, ties to even. slot_mapping and rows are int64; rows None stands for 0, 1, 2, ... k and v may be strided over rows.
+    Bfloat16 blocks get the nearest bfloat16, ties to even.
+    slot_mapping and rows are int64; rows None stands for 0, 1, 2, ... k and v may be strided over rows.
     """
     _, num_kv_heads, head_dim, num_slots = key_blocks.shape
     k, v = _adjacent_heads(k_TKH), _adjacent_heads(v_TKH)
@@ -96,12 +97,13 @@ def _attention(q, key_blocks, value_blocks, tables, starts, lengths, scale, wind
     out = q.new_empty(num_rows, num_heads, head_dim)
     failed = library().ls_attention(
         q.data_ptr(), q.stride(0), key_blocks.data_ptr(), value_blocks.data_ptr(),
-        _is_bfloat16(key_blocks, value_blocks), tables.data_ptr(), starts.data_ptr(), lengths.data_ptr(), out.data_ptr(), None if row_max is None else row_max.data_ptr(),
+        _is_bfloat16(key_blocks, value_blocks), tables.data_ptr(), starts.data_ptr(), lengths.data_ptr(),
+        out.data_ptr(), None if row_max is None else row_max.data_ptr(),
         None if row_sum is None else row_sum.data_ptr(), lengths.shape[0], num_heads, num_kv_heads, head_dim, num_slots,
         tables.shape[1], window, scale,
     )  # fmt: skip
     if failed:
-        raise MemoryError("attention found no memory for its task list")
+        raise MemoryError("attention found no memory for its tasks")
     return out
 
 
@@ -207,12 +209,14 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, out, row_max, row_sum = ctx.saved_tensors
         grad = grad.contiguous()
-        dq, dk, dv = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+        dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
         plan = ctx.plan
-        library().ls_attention_backward(
+        failed = library().ls_attention_backward(
             q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), out.data_ptr(),
             grad.data_ptr(), row_max.data_ptr(), row_sum.data_ptr(), dq.data_ptr(), dk.data_ptr(), dv.data_ptr(),
             plan.segments.data_ptr(), plan.groups.data_ptr(), plan.groups.shape[0] - 1, q.shape[1], k.shape[1],
             q.shape[2], ctx.window, ctx.scale,
         )  # fmt: skip
+        if failed:
+            raise MemoryError("the backward pass of attention found no memory for its tasks")
         return dq, dk, dv, None, None, None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 from kernels.build import best_instruction_set, library_path
 
@@ -16,14 +19,14 @@ _SIGNATURES = {
     "ls_round_rows": (None, [_P, _I, _P, _I, _I, _I]),
     "ls_round_transposed": (None, [_P, _I, _P, _I, _I, _I]),
     "ls_pack_columns": (None, [_P, _I, _P, _I, _I]),
-    "ls_rms_norm": (None, [_P, _I, _P, _P, _P, _P, _I, _P, _I, _I, _F]),
+    "ls_rms_norm": (None, [_P, _I, _P, _P, _P, _P, _I, _P, _I, _I, _I, _F]),
     "ls_rotary_table": (None, [_P, _P, _I, _I]),
     "ls_rotary": (None, [_P, _I, _P, _P, _P, _I, _I, _I, _F]),
     "ls_silu_and_mul": (None, [_P, _P, _I, _I]),
     "ls_silu_and_mul_backward": (None, [_P, _P, _P, _I, _I]),
     "ls_attention": (ctypes.c_int, [_P, _I, _P, _P, _I, _P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _I, _F]),
     "ls_attention_backward": (
-        None,
+        ctypes.c_int,
         [_P, _I, _P, _I, _P, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _F],
     ),
     "ls_kv_store": (None, [_P, _I, _P, _I, _P, _P, _I, _P, _P, _I, _I, _I, _I]),
@@ -31,6 +34,8 @@ _SIGNATURES = {
     "ls_vocab_stats": (None, [_P, _P, _I, _P, _P, _P, _I, _I, _I]),
     "ls_draw": (None, [_P, _P, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _I, _I, _I]),
     "ls_logit_gradient": (None, [_P, _P, _I, _P, _P, _P, _P, _P, _P, _P, _I, _P, _I, _I, _I, _I]),
+    "ls_truncated_sample": (ctypes.c_int, [_P] * 20 + [_I, _I, _I]),
+    "ls_replay": (_I, [_P, _I]),
     "ls_digest_pieces": (_I, [_I]),
     "ls_digest": (None, [_P, _P, _P, _I]),
     "ls_set_num_threads": (ctypes.c_int, [ctypes.c_int]),
@@ -38,9 +43,44 @@ _SIGNATURES = {
 }
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
+_calls: ContextVar[list[tuple[str, tuple]] | None] = ContextVar("calls", default=None)
+
+
+def library() -> ctypes.CDLL | _Recorder:
     """The C kernels of this process, built and loaded on first use. Calls into it release the GIL."""
+    calls = _calls.get()
+    return _loaded() if calls is None else _Recorder(_loaded(), calls)
+
+
+@contextlib.contextmanager
+def recording_calls() -> Iterator[list[tuple[str, tuple]]]:
+    """Notes (name, arguments) of every kernel call that this thread makes meanwhile."""
+    calls: list[tuple[str, tuple]] = []
+    token = _calls.set(calls)
+    try:
+        yield calls
+    finally:
+        _calls.reset(token)
+
+
+class _Recorder:
+    """The library with every call noted."""
+
+    def __init__(self, loaded: ctypes.CDLL, calls: list[tuple[str, tuple]]) -> None:
+        self._loaded, self._calls = loaded, calls
+
+    def __getattr__(self, name: str) -> Callable:
+        function = getattr(self._loaded, name)
+
+        def call(*arguments: int | float | None) -> int | None:
+            self._calls.append((name, arguments))
+            return function(*arguments)
+
+        return call
+
+
+@functools.cache
+def _loaded() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library_path(best_instruction_set())))
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(loaded, name)

@@ -392,7 +392,7 @@ def sample(
             tokens.append(int(np.argmax(z_TV[row])))  # the first of equals
         else:
             u = uniform(seed, position, index)
-            tokens.append(_drawn_token(z_TV[row], block_max[row].numpy(), block_sum[row].numpy(), u))
+            tokens.append(drawn_token(z_TV[row], block_max[row].numpy(), block_sum[row].numpy(), u))
     token_ids = torch.tensor(tokens, dtype=torch.int64)
     return token_ids, token_logprobs(hidden_TD[rows], weight_VD, token_ids, temperature_T[rows], is_dot)
 
@@ -439,7 +439,7 @@ def _running_totals(masses: list[float]) -> list[float]:
     return list(itertools.accumulate(masses, initial=0.0))[1:]
 
 
-def _drawn_token(z_V: Array, block_max: Array, block_sum: Array, u: float) -> int:
+def drawn_token(z_V: Array, block_max: Array, block_sum: Array, u: float) -> int:
     """The first block whose running total passes u times the total; inside it the first id; else the last with mass."""
     top, masses = _masses(block_max, block_sum)
     totals = _running_totals(masses)

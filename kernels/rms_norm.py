@@ -24,6 +24,35 @@ def add_rms_norm(
     return _rms_norm(x_TD, delta_TD, weight_D, eps, keep_scale=False)[:2]
 
 
+def head_norms(
+    qk_TXH: torch.Tensor, q_weight_H: torch.Tensor, k_weight_H: torch.Tensor, num_heads: int, eps: float
+) -> torch.Tensor:
+    """RMSNorm of each head by itself: the first `num_heads` (queries) under one weight, the other (keys) under another.
+
+    qk [T, N + K, H] may be strided over rows; the result is contiguous.
+    """
+    if torch.is_grad_enabled() and (qk_TXH.requires_grad or q_weight_H.requires_grad):
+        return _HeadNorms.apply(qk_TXH, q_weight_H, k_weight_H, num_heads, eps)
+    return _head_norms(qk_TXH, q_weight_H, k_weight_H, num_heads, eps, (None, None))
+
+
+def _head_norms(x, q_weight, k_weight, num_heads, eps, scales):
+    check_float32(x, "qk")
+    x = x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+    y = x.new_empty(x.shape)
+    for heads, weight, scale in zip(_query_and_key_heads(num_heads), (q_weight, k_weight), scales):
+        part, out = x[:, heads], y[:, heads]
+        library().ls_rms_norm(
+            part.data_ptr(), part.stride(0), None, weight.data_ptr(), None, out.data_ptr(), out.stride(0),
+            None if scale is None else scale.data_ptr(), part.shape[0], part.shape[1], part.shape[2], eps,
+        )  # fmt: skip
+    return y
+
+
+def _query_and_key_heads(num_heads):
+    return slice(0, num_heads), slice(num_heads, None)
+
+
 def _rms_norm(x, delta, weight, eps, keep_scale):
     num_rows, width = x.shape
     check_float32(x, "x")
@@ -38,7 +67,7 @@ def _rms_norm(x, delta, weight, eps, keep_scale):
     library().ls_rms_norm(
         x.data_ptr(), x.stride(0), None if delta is None else delta.data_ptr(), weight.data_ptr(),
         None if total is None else total.data_ptr(), y.data_ptr(), width,
-        None if scale is None else scale.data_ptr(), num_rows, width, eps,
+        None if scale is None else scale.data_ptr(), num_rows, 1, width, eps,
     )  # fmt: skip
     return total, y, scale
 
@@ -62,6 +91,26 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, grad):
         grad_x, grad_weight = _backward(*ctx.saved_tensors, grad)
         return grad_x, grad_weight, None
+
+
+class _HeadNorms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, q_weight, k_weight, num_heads, eps):
+        num_rows, num_all, _ = x.shape
+        scales = x.new_empty(num_rows, num_heads), x.new_empty(num_rows, num_all - num_heads)
+        ctx.save_for_backward(x, q_weight, k_weight, *scales)
+        return _head_norms(x, q_weight, k_weight, num_heads, eps, scales)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, *weights, q_scale, k_scale = ctx.saved_tensors
+        grad_x, grad_weights = torch.empty_like(grad), []
+        for heads, weight, scale in zip(_query_and_key_heads(q_scale.shape[1]), weights, (q_scale, k_scale)):
+            flat_x, flat_grad = x[:, heads].flatten(0, 1), grad[:, heads].flatten(0, 1)
+            part, grad_weight = _backward(flat_x, scale.flatten(), weight, flat_grad)
+            grad_x[:, heads] = part.view_as(grad_x[:, heads])
+            grad_weights.append(grad_weight)
+        return grad_x, *grad_weights, None, None
 
 
 class _AddRMSNorm(torch.autograd.Function):

@@ -28,3 +28,8 @@ class Rollout:
     is_exact: bool  # False: some token was drawn on KV of an older version (weights updated with mode="keep")
     kernel_fingerprint: str
     metadata: Mapping[str, Any]
+    # where more than a temperature changes the distribution; else None
+    raw_logprobs: list[float] | None = None  # one float32 per completion token, of the model's own distribution
+    kept_mass: list[float] | None = None  # share of the distribution before truncation that could be drawn
+    # where `logprobs=k` asks for it: the k likeliest token ids and the drawn one, of the distribution sampled from
+    top_logprobs: list[dict[int, float]] | None = None

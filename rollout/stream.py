@@ -52,6 +52,9 @@ class PendingGroup:
             is_exact=completion.is_exact,
             kernel_fingerprint=self.kernel_fingerprint,
             metadata=self.metadata,
+            raw_logprobs=completion.raw_logprobs,
+            kept_mass=completion.kept_mass,
+            top_logprobs=completion.top_logprobs,
         )
 
 

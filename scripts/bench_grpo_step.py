@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
 
 from scripts.timing import Contender, model_directory, results_table, started, summary, write_json
 
-OURS = "Lockstep float32"
+Numerics = Literal["float32", "bfloat16", "bfloat16-dot"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +21,8 @@ class Options:
 
     model: str = "smollm2-135m-instruct"
     """As the recipe's --model."""
+    numerics: tuple[Numerics, ...] = ("float32", "bfloat16-dot")
+    """Lockstep's profiles to time."""
     num_prompts: int = 8
     """Prompts of a step."""
     group_size: int = 8
@@ -47,7 +49,7 @@ class Options:
 
 def main(options: Options) -> None:
     console = Console()
-    contenders = make_contenders(options)
+    contenders, ours = make_contenders(options), [our_name(numerics) for numerics in options.numerics]
     results: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     details: list[dict[str, Any]] = []
     with started(contenders, console):
@@ -59,14 +61,21 @@ def main(options: Options) -> None:
                 for name, answer in answers.items():
                     results[name].append(answer["seconds"])
     job = f"{options.num_prompts} prompts x {options.group_size} samples x at most {options.max_tokens} tokens"
-    console.print(results_table(f"GRPO step, {job}", "seconds", results, OURS, digits=1))
+    console.print(results_table(f"GRPO step, {job}", "seconds", results, ours, digits=1))
     if options.output:
-        figures = {"seconds": summary(results, OURS), "steps": details}
+        figures = {"seconds": summary(results, ours), "steps": details}
         write_json(options.output, "grpo_step", options, figures)
 
 
+def our_name(numerics: str) -> str:
+    return f"Lockstep {numerics}"
+
+
 def make_contenders(options: Options) -> list[Contender]:
-    contenders = [Contender(OURS, "lockstep_grpo_step.py", options.model, options.job, is_ours=True)]
+    contenders = [
+        Contender(our_name(numerics), "lockstep_grpo_step.py", options.model, numerics, options.job, is_ours=True)
+        for numerics in options.numerics
+    ]
     if options.peer_python:
         directory = model_directory(options.model)
         contenders.append(

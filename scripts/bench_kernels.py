@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from kernels.linear import linear, pack_rows, packed_shape
 from kernels.logprobs import vocab_stats
 from kernels.rms_norm import rms_norm
 from kernels.storage import empty_storage
-from scripts.timing import busy_process, write_json
+from scripts.timing import busy_process, call_seconds, read_bandwidth, write_json
 
 ROTATED_BYTES = 96 * 2**20
 BLOCK_SIZE = 16
@@ -98,10 +97,9 @@ def main(options: Options) -> None:
 
 def measure_limits(seconds: float) -> Limits:
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    data = torch.ones(2**26)
     return Limits(
         flops_per_second=2 * 2048**3 / best_seconds(lambda: torch.mm(a, b), 4 * seconds),
-        bytes_per_second=data.nbytes / best_seconds(data.sum, 4 * seconds),
+        bytes_per_second=read_bandwidth(4 * seconds),
     )
 
 
@@ -119,18 +117,6 @@ def measure(case: Case, limits: Limits, options: Options) -> dict[str, str | flo
 
 def best_seconds(call: Callable[[], object], seconds: float) -> float:
     return min(call_seconds(call, seconds))
-
-
-def call_seconds(call: Callable[[], object], seconds: float) -> list[float]:
-    """What each call took of those that fit into `seconds`, at least three after one that does not count."""
-    call()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return times
 
 
 def make_cases(row_counts: tuple[int, ...]) -> Iterator[Case]:

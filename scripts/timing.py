@@ -9,7 +9,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,26 @@ def busy_process(is_wanted: bool = True) -> Iterator[None]:
         process.wait()
 
 
+def read_bandwidth(seconds: float = 1.0) -> float:
+    """Bytes per second at which torch adds up a tensor that no cache holds, with the threads it has."""
+    import torch
+
+    data = torch.ones(2**26)
+    return data.nbytes / min(call_seconds(data.sum, seconds))
+
+
+def call_seconds(call: Callable[[], object], seconds: float) -> list[float]:
+    """What each call took of those that fit into `seconds`, at least three after one that does not count."""
+    call()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return times
+
+
 def model_directory(model: str) -> str:
     """Where contenders find the model in Hugging Face format; a GGUF file is converted first."""
     from engine.checkpoint import resolve_model
@@ -111,23 +132,25 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(ours, theirs, strict=True)]
 
 
-def results_table(title: str, unit: str, results: Mapping[str, Sequence[float]], ours: str, digits: int) -> Table:
-    """A row for each contender; the last column is what ours takes, or gives, in the same turns, relative to it."""
-    table = Table("", f"{unit}, min", "median", "max", "ours / theirs", title=title, box=SIMPLE_HEAD)
+def results_table(
+    title: str, unit: str, results: Mapping[str, Sequence[float]], ours: Sequence[str], digits: int
+) -> Table:
+    """A row for each contender; the last columns are what each of ours takes, or gives, in the same turns, over it."""
+    table = Table("", f"{unit}, min", "median", "max", *(f"{name} /" for name in ours), title=title, box=SIMPLE_HEAD)
     for name, values in results.items():
-        relative = "" if name == ours else f"{statistics.median(ratios(results[ours], values)):.2f}"
+        relative = [f"{statistics.median(ratios(results[one], values)):.2f}" if one != name else "" for one in ours]
         figures = [f"{figure:.{digits}f}" for figure in (min(values), statistics.median(values), max(values))]
-        table.add_row(name, *figures, relative)
+        table.add_row(name, *figures, *relative)
     return table
 
 
-def summary(results: Mapping[str, Sequence[float]], ours: str) -> dict[str, Any]:
-    """The same for a file: every value, in order, and the ratios."""
+def summary(results: Mapping[str, Sequence[float]], ours: Sequence[str]) -> dict[str, Any]:
+    """The same for a file: every value, in order, and each of ours over it."""
     return {
         name: {
             "values": list(values),
             "median": statistics.median(values),
-            "ours_over_theirs": ratios(results[ours], values),
+            "relative_to_it": {one: ratios(results[one], values) for one in ours if one != name},
         }
         for name, values in results.items()
     }

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from engine.checkpoint import resolve_model
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerFast
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns in every test that starts a process
+if not torch.cuda.is_available():
+    # Read when triton is first imported: the GPU kernels' tests then run on the CPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 TINY_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 TINY_VOCAB_SIZE = 320
@@ -104,8 +107,6 @@ def _save_tiny_model(directory: Path, family: str, weights_seed: int, overrides:
 
 def _spread_weights(model: torch.nn.Module, seed: int) -> None:
     """Weights of a size at which attention looks around and next-token distributions are neither flat nor certain."""
-    import torch
-
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):

@@ -44,6 +44,8 @@ def pack(rollouts: Sequence[Rollout], advantages: Sequence[float], share_prompts
 
     advantages: one per rollout. share_prompts=False lays each sample's prompt down again; the log-probabilities are
     the same bits, at the cost of more rows.
+    Raises ValueError for rollouts that were not drawn from the full distribution at a temperature: their
+    log-probabilities are not those of a trainer's forward pass.
     """
     return _pack_samples(rollouts, advantages, range(len(rollouts)), share_prompts)
 
@@ -172,6 +174,8 @@ def _pack_samples(
 
 
 def _columns(rollouts: Sequence[Rollout], advantages: Sequence[float]) -> dict[str, list[float]]:
+    for rollout in rollouts:
+        _check_is_reproducible(rollout)
     lengths = [len(rollout.token_ids) for rollout in rollouts]
     temperatures = [rollout.sampling_params.logprob_temperature for rollout in rollouts]
     return {
@@ -180,6 +184,17 @@ def _columns(rollouts: Sequence[Rollout], advantages: Sequence[float]) -> dict[s
         "advantages": [a for a, length in zip(advantages, lengths, strict=True) for _ in range(length)],
         "loss_mask": [flag for rollout in rollouts for flag in rollout.loss_mask],
     }
+
+
+def _check_is_reproducible(rollout: Rollout) -> None:
+    """Refuse a sample that would silently count as on-policy though the trainer's distribution is another."""
+    if rollout.kept_mass is not None:
+        raise ValueError(
+            f"rollout {rollout.group_id}[{rollout.index}] has a kept_mass: it was drawn from a distribution that "
+            "truncation, penalties, bias or masks changed, and a trainer knows the full one at a temperature only. "
+            "Leave top_p, top_k, min_p, penalties, logit_bias, allowed_token_ids, bad_words and min_tokens at their "
+            "defaults for samples to train on"
+        )
 
 
 def _groups(rollouts: Sequence[Rollout], indices: Sequence[int]) -> Iterator[list[int]]:

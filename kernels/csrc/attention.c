@@ -7,6 +7,7 @@
 #include <stdlib.h>
 
 #include "exp_log.h"
+#include "ops.h"
 #include "pool.h"
 
 #define LS_CHUNK 256
@@ -15,6 +16,9 @@
 #define LS_TASK_TILES 16
 #define LS_MAX_HEAD 256
 #define LS_SCORE_STRIDE (LS_CHUNK + 16) /* no multiple of 1 KiB, which would put all rows into few sets of the cache */
+#define LS_SECOND_CACHE 2    /* __builtin_prefetch's locality for it */
+#define LS_AHEAD 2           /* groups of 16 keys, or their values, that are asked for ahead of use in decode */
+#define LS_SHARES 4          /* tasks for each thread below which contexts are split */
 #define LS_VALUE_BYTES 16384 /* values that stay in the first cache while all tiles take them */
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -22,8 +26,8 @@ static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 typedef struct { /* rows [first_row, last_row), (token, query head) pairs, of each of some key-value heads */
     int32_t sequence, kv_head, num_kv_heads, first_row, last_row;
-    int32_t first_chunk, last_chunk; /* of a part of the context; its results go to `parts` */
-    int64_t parts;                   /* where they begin there, in rows; -1 for the whole context */
+    int32_t first_chunk, end_chunk;
+    int64_t parts; /* -1, or for a part of the context: where its chunks' results begin in the job's parts, in rows */
 } attention_task;
 
 typedef struct {
@@ -35,7 +39,7 @@ typedef struct {
     float scale;
     int is_bf16;
     const attention_task *tasks;
-    float *parts; /* per row of a chunk: its maximum, its sum, its H weighted values; a sum of 0 where it sees no key */
+    float *part_highest, *part_sum, *part_out; /* [chunk, row of its task], [.., H]; sum 0 where a row sees no key */
 } attention_job;
 
 typedef struct { /* the keys [from, to) of a chunk that a row reaches */
@@ -54,7 +58,8 @@ typedef struct { /* the rows of a task and what they have summed up so far */
     row_tile tiles[LS_TASK_TILES];
     int64_t place[LS_TASK_ROWS];                      /* token * num_heads + head */
     int64_t first[LS_TASK_ROWS], last[LS_TASK_ROWS];  /* keys in reach: [first, last) */
-    int64_t lowest_chunk, end_chunk;
+    int64_t end;                                      /* of the last key that any row reaches */
+    int is_streamed;                                  /* one tile for each head: keys are read once, in order */
     row_reach reach[LS_TASK_ROWS];
     float highest[LS_TASK_ROWS], sum[LS_TASK_ROWS]; /* sum 0: no chunk yet */
     const float *q[LS_TASK_ROWS];
@@ -84,9 +89,6 @@ static void weigh_row(float *p, const row_reach *reach, float *highest, float *s
 #define LS_LOAD_KV v16_load
 #define LS_FOR_KV(name) name##_float32
 #include "attention_loops.h"
-#undef LS_KV
-#undef LS_LOAD_KV
-#undef LS_FOR_KV
 #define LS_KV uint16_t
 #define LS_LOAD_KV v16_load_bf16
 #define LS_FOR_KV(name) name##_bf16
@@ -115,10 +117,8 @@ static void gather_rows(const attention_job *j, const attention_task *task, row_
                 rows->count++;
             }
         }
-    int64_t first_token = task->first_row / group, last_token = (task->last_row - 1) / group;
-    int64_t lowest = first_position + first_token + 1 - j->window;
-    rows->lowest_chunk = j->window > 0 && lowest > 0 ? lowest / LS_CHUNK : 0;
-    rows->end_chunk = (first_position + last_token) / LS_CHUNK + 1;
+    rows->end = rows->last[rows->count - 1];
+    rows->is_streamed = rows->num_tiles == task->num_kv_heads;
 }
 
 static void find_reach(row_set *rows, int64_t base) {
@@ -172,44 +172,129 @@ static void finish_rows(const attention_job *j, const row_set *rows) {
 static void attention_tile(void *argument, int64_t tile) {
     const attention_job *j = argument;
     const attention_task *task = &j->tasks[tile];
-    float highest[LS_TASK_ROWS] = {0}, sum[LS_TASK_ROWS], out[LS_TASK_ROWS * LS_MAX_HEAD];
+    float own_highest[LS_TASK_ROWS] = {0}, own_sum[LS_TASK_ROWS], own_out[LS_TASK_ROWS * LS_MAX_HEAD];
     row_set rows;
     gather_rows(j, task, &rows);
-    for (int64_t chunk = rows.lowest_chunk; chunk < rows.end_chunk; chunk++) {
+    for (int64_t chunk = task->first_chunk; chunk < task->end_chunk; chunk++) {
+        int64_t part = task->parts + (chunk - task->first_chunk) * rows.count, is_part = task->parts >= 0;
+        float *highest = is_part ? j->part_highest + part : own_highest, *sum = is_part ? j->part_sum + part : own_sum;
+        float *out = is_part ? j->part_out + part * j->H : own_out;
         find_reach(&rows, chunk * LS_CHUNK);
         if (j->is_bf16) visit_chunk_bf16(j, task, &rows, chunk * LS_CHUNK, highest, sum, out);
         else visit_chunk_float32(j, task, &rows, chunk * LS_CHUNK, highest, sum, out);
-        merge_chunk(j, &rows, highest, sum, out);
+        if (!is_part) merge_chunk(j, &rows, highest, sum, out);
     }
+    if (task->parts < 0) finish_rows(j, &rows);
+}
+
+/* Merges the chunks of a context that several tasks have computed, in ascending order as one task would. */
+static void merge_tile(void *argument, int64_t tile) {
+    const attention_job *j = argument;
+    const attention_task *task = &j->tasks[tile];
+    row_set rows;
+    if (task->parts < 0) return;
+    gather_rows(j, task, &rows);
+    for (int64_t part = task->parts, chunk = task->first_chunk; chunk < task->end_chunk; chunk++, part += rows.count)
+        merge_chunk(j, &rows, j->part_highest + part, j->part_sum + part, j->part_out + part * j->H);
     finish_rows(j, &rows);
+}
+
+static void find_chunks(const attention_job *j, attention_task *task) {
+    int64_t group = j->num_heads / j->num_kv_heads, start = j->starts[task->sequence];
+    int64_t first_position = j->lengths[task->sequence] - (j->starts[task->sequence + 1] - start);
+    int64_t lowest = first_position + task->first_row / group + 1 - j->window;
+    task->first_chunk = j->window > 0 && lowest > 0 ? (int32_t)(lowest / LS_CHUNK) : 0;
+    task->end_chunk = (int32_t)((first_position + (task->last_row - 1) / group) / LS_CHUNK + 1);
+}
+
+/* Writes the tasks (where `tasks` is not null) and returns their number. `most_heads` key-value heads of a sequence with
+ * few rows make one task: their keys lie side by side in a block. */
+static int64_t list_tasks(const attention_job *j, int64_t num_sequences, int64_t most_heads, attention_task *tasks) {
+    int64_t group = j->num_heads / j->num_kv_heads, num_tasks = 0;
+    for (int64_t b = 0; b < num_sequences; b++) {
+        int64_t rows = (j->starts[b + 1] - j->starts[b]) * group;
+        if (rows == 0) continue;
+        int64_t tiles = (smaller(rows, LS_TASK_ROWS) + LS_TILE_ROWS - 1) / LS_TILE_ROWS;
+        int64_t heads = larger(smaller(most_heads, smaller(LS_TASK_ROWS / rows, LS_TASK_TILES / tiles)), 1);
+        for (int64_t head = 0; head < j->num_kv_heads; head += heads)
+            for (int64_t row = 0; row < rows; row += LS_TASK_ROWS, num_tasks++) {
+                if (!tasks) continue;
+                attention_task task = {.sequence = (int32_t)b, .kv_head = (int32_t)head, .parts = -1,
+                                       .num_kv_heads = (int32_t)smaller(heads, j->num_kv_heads - head),
+                                       .first_row = (int32_t)row, .last_row = (int32_t)smaller(row + LS_TASK_ROWS, rows)};
+                find_chunks(j, &task);
+                tasks[num_tasks] = task;
+            }
+    }
+    return num_tasks;
+}
+
+static int64_t count_rows(const attention_task *task) {
+    return (int64_t)task->num_kv_heads * (task->last_row - task->first_row);
+}
+
+static int64_t cost_of(const attention_task *task) {
+    return (task->end_chunk - task->first_chunk) * larger(count_rows(task), LS_TILE_ROWS);
+}
+
+/* Splits tasks that are more than a fair share of the work between threads, at multiples of a chunk. Writes all tasks to
+ * `parts` and returns their number; *num_rows becomes the number of rows whose results wait to be merged. */
+static int64_t split_tasks(attention_task *tasks, int64_t num_tasks, int64_t num_shares, attention_task *parts,
+                           int64_t *num_rows) {
+    int64_t total = 0, num_parts = 0;
+    for (int64_t i = 0; i < num_tasks; i++) total += cost_of(&tasks[i]);
+    for (int64_t i = 0; i < num_tasks; i++) {
+        int64_t chunks = tasks[i].end_chunk - tasks[i].first_chunk;
+        int64_t pieces = larger(smaller(cost_of(&tasks[i]) * num_shares / total, chunks), 1);
+        if (pieces > 1) tasks[i].parts = *num_rows;
+        for (int64_t piece = 0; piece < pieces; piece++) {
+            attention_task part = tasks[i];
+            part.first_chunk = (int32_t)(tasks[i].first_chunk + chunks * piece / pieces);
+            part.end_chunk = (int32_t)(tasks[i].first_chunk + chunks * (piece + 1) / pieces);
+            if (pieces > 1) part.parts = *num_rows, *num_rows += (part.end_chunk - part.first_chunk) * count_rows(&part);
+            parts[num_parts++] = part;
+        }
+    }
+    return num_parts;
+}
+
+static int64_t count_chunks(const int32_t *starts, const int32_t *lengths, int64_t num_sequences) {
+    int64_t chunks = 0;
+    for (int64_t b = 0; b < num_sequences; b++)
+        if (starts[b + 1] > starts[b]) chunks += lengths[b] / LS_CHUNK + 1;
+    return chunks;
 }
 
 /* out[T, N, H] for query rows q[T, N, H] (row stride ldq) of B sequences: rows [starts[b], starts[b + 1]) are the last
  * ones of lengths[b] positions, whose keys and values already lie in the blocks tables[b]. window 0 means no limit.
  * row_max and row_sum [T, N] (or null) receive the softmax statistics for the backward pass. Returns 0, or -1 without
- * memory for the task list. */
+ * memory. */
 int ls_attention(const float *q, int64_t ldq, const void *keys, const void *values, int64_t is_bf16, const int32_t *tables,
                  const int32_t *starts, const int32_t *lengths, float *out, float *row_max, float *row_sum,
                  int64_t num_sequences, int64_t num_heads, int64_t num_kv_heads, int64_t H, int64_t S,
                  int64_t max_blocks, int64_t window, float scale) {
-    int64_t group = num_heads / num_kv_heads, num_tasks = 0;
-    for (int64_t b = 0; b < num_sequences; b++) {
-        int64_t rows = (starts[b + 1] - starts[b]) * group;
-        num_tasks += num_kv_heads * ((rows + LS_TASK_ROWS - 1) / LS_TASK_ROWS);
-    }
-    attention_task *tasks = malloc((size_t)larger(num_tasks, 1) * sizeof(attention_task)), *next = tasks;
+    attention_job job = {.q = q, .keys = keys, .values = values, .out = out, .row_max = row_max, .row_sum = row_sum,
+                         .tables = tables, .starts = starts, .lengths = lengths, .ldq = ldq, .num_heads = num_heads,
+                         .num_kv_heads = num_kv_heads, .H = H, .S = S, .max_blocks = max_blocks, .window = window,
+                         .scale = scale, .is_bf16 = (int)is_bf16};
+    int64_t num_shares = LS_SHARES * ls_get_num_threads(), chunks = count_chunks(starts, lengths, num_sequences);
+    int64_t most_heads = num_kv_heads * chunks / num_shares; /* short contexts are shared out by heads */
+    int64_t num_tasks = list_tasks(&job, num_sequences, most_heads, NULL), num_rows = 0;
+    attention_task *tasks = malloc((size_t)(2 * num_tasks + num_shares) * sizeof(attention_task));
     if (!tasks) return -1;
-    for (int64_t b = 0; b < num_sequences; b++)
-        for (int64_t head = 0; head < num_kv_heads; head++) {
-            int64_t rows = (starts[b + 1] - starts[b]) * group;
-            for (int64_t row = 0; row < rows; row += LS_TASK_ROWS)
-                *next++ = (attention_task){.sequence = (int32_t)b, .kv_head = (int32_t)head, .num_kv_heads = 1,
-                                           .first_row = (int32_t)row,
-                                           .last_row = (int32_t)smaller(row + LS_TASK_ROWS, rows), .parts = -1};
-        }
-    attention_job job = {q, keys, values, out, row_max, row_sum, tables, starts, lengths, ldq, num_heads, num_kv_heads,
-                         H, S, max_blocks, window, scale, (int)is_bf16, tasks, NULL};
-    ls_parallel(attention_tile, &job, num_tasks);
+    list_tasks(&job, num_sequences, most_heads, tasks);
+    attention_task *parts = tasks + num_tasks;
+    int64_t num_parts = split_tasks(tasks, num_tasks, num_shares, parts, &num_rows);
+    float *results = num_rows ? malloc((size_t)(num_rows * (H + 2) + LS_TASK_ROWS) * sizeof(float)) : NULL;
+    int failed = num_rows && !results;
+    if (!failed) {
+        job.part_out = results, job.part_highest = results + num_rows * H, job.part_sum = job.part_highest + num_rows;
+        job.tasks = parts;
+        ls_parallel(attention_tile, &job, num_parts);
+        job.tasks = tasks;
+        if (num_rows) ls_parallel(merge_tile, &job, num_tasks);
+    }
+    free(results);
     free(tasks);
-    return 0;
+    return failed ? -1 : 0;
 }

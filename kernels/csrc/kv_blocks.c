@@ -1,5 +1,6 @@
 /* Writes and copies the blocks in which keys and values lie: keys [P, K, H, S], values [P, K, S, H]. */
 #include "bf16.h"
+#include "ops.h"
 #include "pool.h"
 
 #define LS_SLOTS_PER_TASK 8

@@ -1,5 +1,6 @@
 /* Linear layers over packed weights, packing and unpacking, embedding rows. */
 #include "panel.h"
+#include "ops.h"
 #include "pool.h"
 
 #define LS_ROUND_TASK 16384 /* elements rounded at once: below it a second thread costs more than it saves */

@@ -1,10 +1,8 @@
 /* Log-probabilities and sampling straight from hidden states: a panel of the vocabulary is reduced while it is in
  * registers, so logits are never written out. Both sides of the promise, engine and trainer, run this file. */
-#include <math.h>
-
-#include "exp_log.h"
 #include "panel.h"
 #include "pool.h"
+#include "vocabulary.h"
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -19,22 +17,6 @@ typedef struct {
 /* The logits of `rows` rows from `row` on in one block. */
 static void panel_logits(const void *x, const ls_weight *head, int64_t row, int rows, int64_t block, float *z) {
     ls_panel_product(rows, ls_row(x, head->K, row, head->arithmetic), head->K, head, block, z);
-}
-
-/* Exponentials e[64] of one vocabulary block; the block's maximum and its sum T16((e0 + e1) + (e2 + e3)). */
-static void reduce_block(float *z, int width, float temperature, float *highest, float *sum) {
-    v16 t = v16_set1(temperature), part[4], top = v16_set1(-INFINITY);
-    for (int v = 0; v < 4; v++) {
-        part[v] = v16_load(z + 16 * v);
-        if (temperature != 1.0f) part[v] = v16_div(part[v], t);
-        if (width < 16 * v + 16) part[v] = v16_keep(part[v], 0, width > 16 * v ? width - 16 * v : 0, -INFINITY);
-        v16_store(z + 16 * v, part[v]);
-        top = v16_max(top, part[v]);
-    }
-    *highest = v16_highest(top);
-    v16 m = v16_set1(*highest);
-    for (int v = 0; v < 4; v++) part[v] = v16_exp(v16_sub(part[v], m));
-    *sum = v16_sum(v16_add(v16_add(part[0], part[1]), v16_add(part[2], part[3])));
 }
 
 static void stats_tile(void *argument, int64_t tile) {
@@ -64,19 +46,6 @@ void ls_vocab_stats(const void *x, const void *packed, int64_t arithmetic, const
     ls_parallel(stats_tile, &job, num_blocks * job.num_chunks);
 }
 
-/* Philox4x32-10 (Salmon et al., 2011) under a 64-bit key; the counter is (position, index, 0, 0). u in [0, 1) of 53 bits. */
-static double philox_uniform(uint64_t key, uint32_t position, uint32_t index) {
-    uint32_t c[4] = {position, index, 0, 0}, k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
-    for (int round = 0; round < 10; round++) {
-        uint64_t a = (uint64_t)0xD2511F53u * c[0], b = (uint64_t)0xCD9E8D57u * c[2];
-        uint32_t next[4] = {(uint32_t)(b >> 32) ^ c[1] ^ k0, (uint32_t)b, (uint32_t)(a >> 32) ^ c[3] ^ k1, (uint32_t)a};
-        memcpy(c, next, sizeof c);
-        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-    }
-    uint64_t bits = ((uint64_t)c[0] << 32 | c[1]) >> 11;
-    return (double)bits * 0x1p-53;
-}
-
 typedef struct {
     const void *x;
     ls_weight head;
@@ -97,18 +66,13 @@ static void block_logits(const draw_job *j, int64_t row, int64_t block, float *z
     reduce_block(z, (int)smaller(LS_PANEL, j->V - block * LS_PANEL), j->temperature[row], highest, &sum);
 }
 
-static double block_mass(const draw_job *j, int64_t row, int64_t block, float top) {
-    int64_t place = row * j->num_blocks + block;
-    return (double)j->block_sum[place] * (double)exp1(j->block_max[place] - top);
-}
-
 /* The highest logit M and the running total C of a row. */
 static double row_total(const draw_job *j, int64_t row, float *top) {
-    const float *block_max = j->block_max + row * j->num_blocks;
+    const float *block_max = j->block_max + row * j->num_blocks, *block_sum = j->block_sum + row * j->num_blocks;
     float m = -INFINITY;
     for (int64_t b = 0; b < j->num_blocks; b++) m = block_max[b] > m ? block_max[b] : m;
     double total = 0.0;
-    for (int64_t b = 0; b < j->num_blocks; b++) total += block_mass(j, row, b, m);
+    for (int64_t b = 0; b < j->num_blocks; b++) total += block_mass(block_max[b], block_sum[b], m);
     *top = m;
     return total;
 }
@@ -126,27 +90,14 @@ static int64_t greedy_token(const draw_job *j, int64_t row, float top) {
 /* The first block whose running total passes u * C, then the first id inside it; if rounding leaves none, the last id with
  * mass. */
 static int64_t drawn_token(const draw_job *j, int64_t draw, int64_t row, float top, double total) {
-    double u = philox_uniform(j->seeds[draw], (uint32_t)j->positions[draw], (uint32_t)j->indices[draw]);
-    double target = u * total, running = 0.0;
-    int64_t block = 0, last = 0;
-    for (; block < j->num_blocks; block++) {
-        double mass = block_mass(j, row, block, top);
-        if (mass > 0.0) last = block;
-        if (running + mass > target) break;
-        running += mass;
-    }
-    if (block == j->num_blocks) block = last, running = INFINITY;
-    float z[LS_PANEL], highest, e[LS_PANEL];
+    double u = (double)philox_bits(j->seeds[draw], (uint32_t)j->positions[draw], (uint32_t)j->indices[draw]) * 0x1p-53;
+    double target = u * total, running;
+    int64_t place = row * j->num_blocks;
+    int64_t block = block_at(j->block_max + place, j->block_sum + place, j->num_blocks, top, target, &running);
+    float z[LS_PANEL], highest;
     block_logits(j, row, block, z, &highest);
-    for (int v = 0; v < 4; v++) v16_store(e + 16 * v, v16_exp(v16_sub(v16_load(z + 16 * v), v16_set1(highest))));
-    double scale = (double)exp1(highest - top);
-    int64_t width = smaller(LS_PANEL, j->V - block * LS_PANEL), choice = 0;
-    for (int64_t i = 0; i < width; i++) {
-        if (e[i] > 0.0f) choice = i;
-        running += (double)e[i] * scale;
-        if (running > target && running != INFINITY) break;
-    }
-    return block * LS_PANEL + choice;
+    int64_t width = smaller(LS_PANEL, j->V - block * LS_PANEL);
+    return block * LS_PANEL + id_in_block(z, width, highest, top, running, target);
 }
 
 static void draw_tile(void *argument, int64_t draw) {

@@ -1,6 +1,7 @@
 /* Operands of the bfloat16 dot product: activations and gradients rounded to bfloat16, in the layouts it reads. */
 #include "bf16.h"
 #include "panel.h"
+#include "ops.h"
 #include "pool.h"
 
 #define LS_ROUND_TASK 16384 /* elements rounded at once: below it a second thread costs more than it saves */

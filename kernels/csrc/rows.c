@@ -2,6 +2,7 @@
 #include <math.h>
 
 #include "exp_log.h"
+#include "ops.h"
 #include "pool.h"
 
 #define LS_TASK_FLOATS 8192 /* work handed out at once: below it a second thread costs more than it saves */
@@ -17,13 +18,13 @@ static void store_some(float *p, v16 a, int64_t n) {
 typedef struct {
     const float *x, *delta, *weight;
     float *sum, *y, *scale;
-    int64_t num_rows, D, ldx, ldy, task_rows;
+    int64_t num_rows, num_heads, D, ldx, ldy, task_rows;
     float eps;
 } norm_job;
 
 static void norm_row(const norm_job *j, int64_t row) {
-    const float *x = j->x + row * j->ldx;
-    int64_t D = j->D;
+    int64_t D = j->D, token = row / j->num_heads, place = row % j->num_heads * D;
+    const float *x = j->x + token * j->ldx + place;
     if (j->delta) {
         const float *delta = j->delta + row * D;
         float *sum = j->sum + row * D;
@@ -44,21 +45,22 @@ static void norm_row(const norm_job *j, int64_t row) {
     }
     float r = 1.0f / __builtin_sqrtf(v16_sum(squares) / (float)D + j->eps);
     if (j->scale) j->scale[row] = r;
-    float *y = j->y + row * j->ldy;
+    float *y = j->y + token * j->ldy + place;
     for (int64_t i = 0; i < D; i++) y[i] = (x[i] * r) * j->weight[i];
 }
 
 static void norm_tile(void *argument, int64_t tile) {
     const norm_job *j = argument;
-    for (int64_t row = tile * j->task_rows; row < smaller((tile + 1) * j->task_rows, j->num_rows); row++) norm_row(j, row);
+    int64_t first = tile * j->task_rows, last = smaller(first + j->task_rows, j->num_rows * j->num_heads);
+    for (int64_t row = first; row < last; row++) norm_row(j, row);
 }
 
-/* y[T, D] = rms_norm(x [+ delta]) * weight. With delta, sum[T, D] receives x + delta. scale[T] (or null) receives
- * 1 / rms for the backward pass. */
+/* y[T, heads, D] = rms_norm(x [+ delta]) * weight, each head of a row by itself; the heads of a row are adjacent. With
+ * delta (and one head), sum[T, D] receives x + delta. scale[T, heads] (or null) receives 1 / rms for the backward pass. */
 void ls_rms_norm(const float *x, int64_t ldx, const float *delta, const float *weight, float *sum, float *y, int64_t ldy,
-                 float *scale, int64_t num_rows, int64_t D, float eps) {
-    norm_job job = {x, delta, weight, sum, y, scale, num_rows, D, ldx, ldy, rows_per_task(D), eps};
-    ls_parallel(norm_tile, &job, (num_rows + job.task_rows - 1) / job.task_rows);
+                 float *scale, int64_t num_rows, int64_t num_heads, int64_t D, float eps) {
+    norm_job job = {x, delta, weight, sum, y, scale, num_rows, num_heads, D, ldx, ldy, rows_per_task(D), eps};
+    ls_parallel(norm_tile, &job, (num_rows * num_heads + job.task_rows - 1) / job.task_rows);
 }
 
 typedef struct {

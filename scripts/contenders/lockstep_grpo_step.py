@@ -1,4 +1,4 @@
-"""Lockstep's GRPO loop as a contender in bench_grpo_step; arguments: MODEL JOB (see bench_grpo_step.Job)."""
+"""Lockstep's GRPO loop as a contender in bench_grpo_step; arguments: MODEL NUMERICS JOB (see bench_grpo_step.Job)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REPORTED = ("timing_s/rollout", "timing_s/train", "timing_s/weight_sync", "misma
             "response_length/mean", "reward/mean")  # fmt: skip
 
 
-def main(model: str, job: dict[str, Any]) -> None:
+def main(model: str, numerics: str, job: dict[str, Any]) -> None:
     connection = Connection()
     config = GRPOConfig(
         num_steps=job["num_steps"],
@@ -42,8 +42,10 @@ def main(model: str, job: dict[str, Any]) -> None:
         connection.next_request()
         started = time.perf_counter()
 
-    GRPOTrainer(config, EngineConfig(model=model), rows(), [last_number_is_right], callbacks=[on_step]).train()
+    GRPOTrainer(
+        config, EngineConfig(model=model, numerics=numerics), rows(), [last_number_is_right], callbacks=[on_step]
+    ).train()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]))
+    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))

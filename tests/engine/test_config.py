@@ -107,13 +107,11 @@ def test_max_model_len_is_the_context_length_unless_asked_for_less():
         EngineConfig("m", max_model_len=513).resolve_max_model_len(model)
 
 
-def test_a_sliding_window_caps_max_model_len_and_says_so(caplog):
+def test_a_sliding_window_does_not_limit_max_model_len():
     model = model_config(architectures=["MistralForCausalLM"], sliding_window=128)
-    assert (model.sliding_window, model.context_length) == (128, 128)
-    assert EngineConfig("m").resolve_max_model_len(model) == 128
-    assert "sliding window" in caplog.text
-    with pytest.raises(ValueError, match="sliding window of 128"):
-        EngineConfig("m", max_model_len=129).resolve_max_model_len(model)
+    assert model.attention_windows == (128, 128)
+    assert EngineConfig("m").resolve_max_model_len(model) == 512
+    assert model_config(architectures=["MistralForCausalLM"], sliding_window=None).attention_windows == ()
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
@@ -146,7 +144,7 @@ def test_model_config_agrees_with_transformers(tiny_model_dir, family, overrides
     assert config.rope_theta == theirs.rope_parameters["rope_theta"]
     assert config.max_position_embeddings == theirs.max_position_embeddings
     assert config.eos_token_ids == (2,)
-    assert config.sliding_window is None
+    assert config.attention_windows == ()
 
 
 @pytest.mark.parametrize(("family", "has_output_bias"), [("llama", True), ("qwen3", True), ("qwen2", False)])
@@ -200,17 +198,30 @@ def test_what_would_change_the_arithmetic_is_refused(entries, words):
 
 
 @pytest.mark.parametrize(
-    ("entries", "window"),
+    ("entries", "windows"),
     [
-        ({"use_sliding_window": False, "sliding_window": 128}, None),
-        ({"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 2}, None),
-        ({"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1}, 128),
-        ({"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 0}, None),
-        ({"use_sliding_window": True, "sliding_window": 128, "layer_types": ["full_attention"] * 2}, None),
+        ({"use_sliding_window": False, "sliding_window": 128}, ()),
+        ({"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 2}, ()),
+        ({"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1}, (0, 128)),
+        ({"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 0}, (128, 128)),
+        ({"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 0}, ()),
+        ({"use_sliding_window": True, "sliding_window": 128, "layer_types": ["full_attention"] * 2}, ()),
+        (
+            {"use_sliding_window": True, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
+            (7, 0),
+        ),
     ],
 )
-def test_qwen_window_counts_only_where_a_layer_slides_and_it_is_shorter_than_the_context(entries, window):
-    assert model_config(architectures=["Qwen2ForCausalLM"], **entries).sliding_window == window
+def test_qwen_window_counts_only_where_a_layer_slides_and_it_is_shorter_than_the_context(entries, windows):
+    assert model_config(architectures=["Qwen2ForCausalLM"], **entries).attention_windows == windows
+
+
+def test_windows_that_make_no_sense_are_refused():
+    qwen = {"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True, "sliding_window": 8}
+    with pytest.raises(ValueError, match="layer_types has 3 entries: it needs one for each of 2 layers"):
+        model_config(**qwen, layer_types=["sliding_attention"] * 3)
+    with pytest.raises(ValueError, match="sliding_window=0"):
+        model_config(architectures=["MistralForCausalLM"], sliding_window=0)
 
 
 def test_end_tokens_of_the_generation_config_are_added(tmp_path):

@@ -22,6 +22,7 @@ from exactness_checks import (
 )
 
 from engine import SamplingParams
+from engine.recorded_steps import RecordedSteps
 from kernels.linear import unpack_rows
 
 
@@ -41,9 +42,18 @@ def test_an_engine_on_torchs_linear_would_not_pass(tiny_setting: Setting, monkey
         return torch.nn.functional.linear(x, unpack_rows(packed, 0, num_outputs), bias)
 
     monkeypatch.setattr("engine.model.linear", torchs_linear)
+    monkeypatch.setattr(RecordedSteps, "run", lambda self, num_rows, forward: forward())  # it would refuse torch's
     by_itself = run_one(make_engine(tiny_setting), prompt_of(0))
     batched = run(make_engine(tiny_setting), {**random_mates(15, seed=15), "needle": (prompt_of(0), NEEDLE)})["needle"]
     assert bits(batched[0]) != bits(by_itself)
+
+
+def test_recorded_steps_give_the_bits_of_the_forward_that_they_repeat(
+    tiny_setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = run(make_engine(tiny_setting), random_mates(20, seed=16))
+    monkeypatch.setattr(RecordedSteps, "run", lambda self, num_rows, forward: forward())
+    assert all_bits(run(make_engine(tiny_setting), random_mates(20, seed=16))) == all_bits(recorded)
 
 
 def test_weights_of_spread_exponents_change_nothing(tiny_setting: Setting) -> None:

@@ -43,6 +43,8 @@ FAMILIES = [
     ("mistral", {}),
     ("qwen2", {"num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 300}),
     ("qwen3", {"head_dim": 32}),
+    ("mistral", {"sliding_window": 13}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 30, "max_window_layers": 1}),
 ]
 
 
@@ -162,7 +164,8 @@ def torchs_linear(x, packed, num_outputs, bias, master, is_dot):
     return functional.linear(x, master.to(packed.dtype).float(), bias)
 
 
-def torchs_attention(q_TNH, k_TKH, v_TKH, plan, scale):
+def torchs_attention(q_TNH, k_TKH, v_TKH, plan, scale, window):
+    assert window == 0
     group_size = q_TNH.shape[1] // k_TKH.shape[1]
     k_TNH, v_TNH = (x.to(plan.kv_dtype).float().repeat_interleave(group_size, dim=1) for x in (k_TKH, v_TKH))
     q, k, v = (x.transpose(0, 1) for x in (q_TNH, k_TNH, v_TNH))

@@ -21,6 +21,9 @@ FAMILIES = [
     ("qwen2", {"num_attention_heads": 14, "num_key_value_heads": 2}),
     ("qwen3", {"head_dim": 32}),
     ("qwen3", {"num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 333}),
+    ("mistral", {"sliding_window": 7}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
 ]
 
 

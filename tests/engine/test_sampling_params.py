@@ -61,6 +61,29 @@ def test_params_are_frozen_hashable_and_survive_copies():
         ("stop_token_ids", ["5"]),
         ("ignore_eos", 1),
         ("bad_words", "abc"),
+        ("bad_words", [" "]),
+        ("bad_words", [7]),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("top_p", float("nan")),
+        ("top_k", -2),
+        ("top_k", 1.5),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.1),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", float("inf")),
+        ("logit_bias", {3: 101.0}),
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {3: "1"}),
+        ("allowed_token_ids", []),
+        ("allowed_token_ids", [-1]),
+        ("logprobs", -1),
+        ("logprobs", 21),
+        ("logprobs", None),
+        ("logprobs", True),
+        ("prompt_logprobs", 0),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(name, value):
@@ -73,26 +96,27 @@ def test_more_min_tokens_than_max_tokens_is_refused():
         SamplingParams(min_tokens=5, max_tokens=4)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("top_p", 0.9),
-        ("top_k", 20),
-        ("min_p", 0.1),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -0.5),
-        ("repetition_penalty", 1.1),
-        ("logit_bias", {3: 1.0}),
-        ("allowed_token_ids", [1, 2]),
-        ("bad_words", ["no"]),
-        ("prompt_logprobs", 0),
-        ("logprobs", 1),
-        ("logprobs", None),
-    ],
-)
-def test_an_option_that_is_not_served_is_refused_and_never_ignored(name, value):
-    with pytest.raises(ValueError, match=rf"{name}=.*samples from the full distribution at a temperature"):
-        SamplingParams(**{name: value})
+def test_an_error_names_value_and_limits():
+    with pytest.raises(ValueError, match=r"top_p=1.5 must be a number above 0 and at most 1"):
+        SamplingParams(top_p=1.5)
+    with pytest.raises(ValueError, match=r"presence_penalty=3 must be a number from -2 to 2"):
+        SamplingParams(presence_penalty=3)
+    with pytest.raises(ValueError, match=r"logprobs=50 must be an integer from 0 to 20"):
+        SamplingParams(logprobs=50)
+
+
+def test_every_truncation_is_accepted_and_brought_into_one_form():
+    params = SamplingParams(
+        top_p=0.9, top_k=-1, min_p=0, presence_penalty=1, frequency_penalty=-0.5, repetition_penalty=1.1,
+        logit_bias={7: 2, 3: -1.5}, allowed_token_ids=[9, 3, 3], bad_words=["no", " never"], logprobs=20,
+    )  # fmt: skip
+    assert (params.top_p, params.top_k, params.min_p) == (0.9, 0, 0.0)
+    assert params.logit_bias == ((3, -1.5), (7, 2.0))
+    assert params.allowed_token_ids == (3, 9)
+    assert params.bad_words == ("no", " never")
+    assert replace(params, n=2).logit_bias == params.logit_bias
+    assert hash(params) == hash(replace(params))
+    assert SamplingParams(logit_bias={}).logit_bias is None
 
 
 def test_an_unknown_option_is_refused_with_the_nearest_name():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
 
 from kernels.linear import pack_rows, packed_shape
 
-WORD = {torch.float32: torch.int32, torch.float64: torch.int64}
+WORD = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 def spread(*shape: int, seed: int, low: int = -6, high: int = 7) -> torch.Tensor:
@@ -56,3 +57,39 @@ def assert_close(actual: torch.Tensor, exact: torch.Tensor, tolerance: float) ->
     """Fails unless float32 `actual` is within `tolerance` times the largest magnitude of float64 `exact`."""
     error = (actual.double() - exact).abs().max().item() / exact.abs().max().item()
     assert error < tolerance, f"relative error {error:.3g}"
+
+
+# Attention
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sequence:
+    q: torch.Tensor  # [J, N, H]
+    k: torch.Tensor  # [J, K, H]
+    v: torch.Tensor  # [J, K, H]
+
+
+def make_sequence(length: int, num_heads: int, num_kv_heads: int, head_dim: int, *, seed: int) -> Sequence:
+    """Scores of a few units either way, so that neither one key nor all keys alike make up the result."""
+    q = spread(length, num_heads, head_dim, seed=seed, low=-2, high=2)
+    k = spread(length, num_kv_heads, head_dim, seed=seed + 1, low=-2, high=2)
+    return Sequence(q=q, k=k, v=spread(length, num_kv_heads, head_dim, seed=seed + 2))
+
+
+# two groups of a shared prompt and samples, a lone sequence, a prompt whose only sample is empty
+SEGMENTS = [
+    (0, 37, -1),
+    (37, 50, 0),
+    (50, 51, 0),
+    (51, 90, 0),
+    (90, 122, -1),
+    (122, 130, 4),
+    (130, 150, -1),
+    (150, 160, -1),
+    (160, 160, 7),
+]
+
+
+def packed_rows(num_heads: int = 4, num_kv_heads: int = 2, head_dim: int = 16, *, seed: int = 40) -> Sequence:
+    """Queries, keys and values for the rows of SEGMENTS."""
+    return make_sequence(160, num_heads, num_kv_heads, head_dim, seed=seed)

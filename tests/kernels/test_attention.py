@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from kernel_checks import assert_close, assert_same_bits, num_different, spread
+from kernel_checks import SEGMENTS, Sequence, assert_same_bits, make_sequence, num_different, packed_rows, spread
 
 from kernels import reference
 from kernels.attention import (
@@ -21,13 +21,8 @@ from kernels.library import set_num_threads
 SCALE = 0.25
 LENGTH = 620  # three chunks of keys: 256, 256, 108
 WINDOWS = (0, 5, 100, 300)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sequence:
-    q: torch.Tensor  # [J, N, H]
-    k: torch.Tensor  # [J, K, H]
-    v: torch.Tensor  # [J, K, H]
+KV_DTYPES = (torch.float32, torch.bfloat16)
+both_kv_dtypes = pytest.mark.parametrize("kv_dtype", KV_DTYPES, ids=("float32", "bfloat16"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,20 +32,20 @@ class Cache:
     tables: list[list[int]]  # blocks of each sequence
 
 
-def make_sequence(length: int, num_heads: int, num_kv_heads: int, head_dim: int, *, seed: int) -> Sequence:
-    """Scores of a few units either way, so that neither one key nor all keys alike make up the result."""
-    q = spread(length, num_heads, head_dim, seed=seed, low=-2, high=2)
-    k = spread(length, num_kv_heads, head_dim, seed=seed + 1, low=-2, high=2)
-    return Sequence(q=q, k=k, v=spread(length, num_kv_heads, head_dim, seed=seed + 2))
+def expected_of(s: Sequence, window: int = 0, kv_dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    k, v = reference.round_kv(s.k, kv_dtype), reference.round_kv(s.v, kv_dtype)
+    return reference.attention(s.q, k, v, SCALE, window)
 
 
-def store(sequences: list[Sequence], block_size: int = 16, *, seed: int = 0) -> Cache:
+def store(
+    sequences: list[Sequence], block_size: int = 16, kv_dtype: torch.dtype = torch.float32, *, seed: int = 0
+) -> Cache:
     """Blocks in random order; every slot that no sequence fills is NaN, and so are some whole blocks."""
     _, num_kv_heads, head_dim = sequences[0].k.shape
     counts = [-(-s.k.shape[0] // block_size) for s in sequences]
     order = torch.randperm(sum(counts) + 3, generator=torch.Generator().manual_seed(seed)).tolist()
-    keys = torch.full((len(order), num_kv_heads, head_dim, block_size), float("nan"))
-    values = torch.full((len(order), num_kv_heads, block_size, head_dim), float("nan"))
+    keys = torch.full((len(order), num_kv_heads, head_dim, block_size), float("nan"), dtype=kv_dtype)
+    values = torch.full((len(order), num_kv_heads, block_size, head_dim), float("nan"), dtype=kv_dtype)
     tables = []
     for sequence, count in zip(sequences, counts):
         tables.append([order.pop() for _ in range(count)])
@@ -79,61 +74,84 @@ def long_sequence() -> Sequence:
 
 
 @functools.cache
-def long_expected(window: int) -> torch.Tensor:
-    s = long_sequence()
-    return reference.attention(s.q, s.k, s.v, SCALE, window)
+def long_expected(window: int, kv_dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return expected_of(long_sequence(), window, kv_dtype)
 
 
+@both_kv_dtypes
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_dim"),
-    [(2, 2, 16), (9, 3, 64), (7, 1, 80), (4, 2, 96), (3, 1, 128), (1, 1, 256), (14, 2, 32)],
+    [(2, 2, 16), (9, 3, 64), (7, 1, 80), (4, 2, 96), (3, 1, 128), (2, 1, 144), (1, 1, 256), (14, 2, 32), (34, 17, 48)],
 )
-def test_prefill_equals_the_reference(num_heads, num_kv_heads, head_dim):
+def test_prefill_equals_the_reference(num_heads, num_kv_heads, head_dim, kv_dtype):
     s = make_sequence(45, num_heads, num_kv_heads, head_dim, seed=1)
-    (out,) = attend(store([s]), [(0, s.q, 45)])
-    assert_same_bits(out, reference.attention(s.q, s.k, s.v, SCALE))
+    cache = store([s], kv_dtype=kv_dtype)
+    expected = expected_of(s, kv_dtype=kv_dtype)
+    (out,) = attend(cache, [(0, s.q, 45)])
+    assert_same_bits(out, expected)
+    (last,) = attend(cache, [(0, s.q[44:], 45)])
+    assert_same_bits(last, expected[44:])
 
 
+def test_scores_from_near_the_maximum_to_where_exp_vanishes_equal_the_reference():
+    """Differences from the maximum up to several hundred: exponentials become tiny at 87.3, then zero."""
+    s = make_sequence(300, 2, 1, 16, seed=2)
+    s = dataclasses.replace(s, q=20 * s.q)
+    scores = torch.einsum("jh,kh->jk", s.q[:, 0], s.k[:, 0]) * SCALE
+    below = scores.max(1, keepdim=True).values - scores
+    assert ((below > 86) & (below < 87.3)).any()
+    assert (below > 100).any()
+    (out,) = attend(store([s]), [(0, s.q, 300)])
+    assert_same_bits(out, expected_of(s))
+
+
+@both_kv_dtypes
 @pytest.mark.parametrize("window", WINDOWS)
-def test_long_contexts_equal_the_reference(window):
+def test_long_contexts_equal_the_reference(window, kv_dtype):
     s = long_sequence()
-    (out,) = attend(store([s]), [(0, s.q, LENGTH)], window)
-    assert_same_bits(out, long_expected(window))
+    (out,) = attend(store([s], kv_dtype=kv_dtype), [(0, s.q, LENGTH)], window)
+    assert_same_bits(out, long_expected(window, kv_dtype))
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "window"), [(1, 1, 100), (7, 1, 257), (6, 2, 3)])
 def test_windows_of_every_group_size_equal_the_reference(num_heads, num_kv_heads, window):
     s = make_sequence(290, num_heads, num_kv_heads, 16, seed=4)
     (out,) = attend(store([s]), [(0, s.q, 290)], window)
-    assert_same_bits(out, reference.attention(s.q, s.k, s.v, SCALE, window))
+    assert_same_bits(out, expected_of(s, window))
 
 
-def test_decode_equals_prefill():
+@both_kv_dtypes
+def test_decode_equals_prefill(kv_dtype):
     s = long_sequence()
+    cache = store([s], kv_dtype=kv_dtype)
     for window in WINDOWS:
         rows = [(0, s.q[i : i + 1], i + 1) for i in range(LENGTH)]
-        assert_same_bits(torch.cat(attend(store([s]), rows, window)), long_expected(window))
-    alone = [attend(store([s]), [(0, s.q[i : i + 1], i + 1)])[0] for i in (0, 1, 15, 16, 255, 256, 511, 512, 619)]
-    assert_same_bits(torch.cat(alone), long_expected(0)[[0, 1, 15, 16, 255, 256, 511, 512, 619]])
+        assert_same_bits(torch.cat(attend(cache, rows, window)), long_expected(window, kv_dtype))
+    alone = [attend(cache, [(0, s.q[i : i + 1], i + 1)])[0] for i in (0, 1, 15, 16, 255, 256, 511, 512, 619)]
+    expected = long_expected(0, kv_dtype)[[0, 1, 15, 16, 255, 256, 511, 512, 619]]
+    assert_same_bits(torch.cat(alone), expected)
 
 
+@both_kv_dtypes
 @pytest.mark.parametrize("window", [0, 100])
-def test_a_prompt_cut_anywhere_gives_the_same_bits(window):
-    s, cache = long_sequence(), store([long_sequence()])
+def test_a_prompt_cut_anywhere_gives_the_same_bits(window, kv_dtype):
+    s, cache = long_sequence(), store([long_sequence()], kv_dtype=kv_dtype)
+    expected = long_expected(window, kv_dtype)
     for cut in range(1, LENGTH):
         (head,) = attend(cache, [(0, s.q[:cut], cut)], window)
         (tail,) = attend(cache, [(0, s.q[cut:], LENGTH)], window)
-        assert_same_bits(torch.cat([head, tail]), long_expected(window))
+        assert_same_bits(torch.cat([head, tail]), expected)
 
 
+@both_kv_dtypes
 @pytest.mark.parametrize("block_size", [16, 32, 48])
-@pytest.mark.parametrize("num_threads", [1, 2, 3, 4])
-def test_mixed_batches_blocks_and_threads_do_not_show(block_size, num_threads):
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 4, 7])
+def test_mixed_batches_blocks_and_threads_do_not_show(block_size, num_threads, kv_dtype):
     """Random chunks of several sequences in one step, in blocks that lie anywhere."""
     set_num_threads(num_threads)
-    sequences = [long_sequence(), *(make_sequence(n, 3, 1, 16, seed=n) for n in (1, 31, 63, 200))]
-    expected = [long_expected(0)] + [reference.attention(s.q, s.k, s.v, SCALE) for s in sequences[1:]]
-    cache = store(sequences, block_size, seed=block_size)
+    sequences = [long_sequence(), *(short_sequence(n) for n in (1, 31, 63, 200))]
+    expected = [long_expected(0, kv_dtype), *(short_expected(n, kv_dtype) for n in (1, 31, 63, 200))]
+    cache = store(sequences, block_size, kv_dtype, seed=block_size)
     generator = torch.Generator().manual_seed(block_size + num_threads)
     for _ in range(6):
         rows, wanted = [], []
@@ -142,6 +160,56 @@ def test_mixed_batches_blocks_and_threads_do_not_show(block_size, num_threads):
             rows.append((i, sequences[i].q[first:end], end))
             wanted.append(expected[i][first:end])
         assert_same_bits(torch.cat(attend(cache, rows)), torch.cat(wanted))
+
+
+@functools.cache
+def short_sequence(length: int) -> Sequence:
+    return make_sequence(length, 3, 1, 16, seed=length)
+
+
+@functools.cache
+def short_expected(length: int, kv_dtype: torch.dtype) -> torch.Tensor:
+    return expected_of(short_sequence(length), kv_dtype=kv_dtype)
+
+
+@both_kv_dtypes
+def test_a_context_shared_out_between_threads_gives_the_same_bits(kv_dtype):
+    """Few rows over many keys: chunks are computed by several threads, whatever their number, and merged in order."""
+    s = make_sequence(2600, 4, 2, 16, seed=200)
+    cache = store([s], kv_dtype=kv_dtype)
+    for num_rows, window in ((1, 0), (3, 0), (40, 1500)):
+        k, v = reference.round_kv(s.k, kv_dtype), reference.round_kv(s.v, kv_dtype)
+        expected = reference.attention(s.q[-num_rows:], k, v, SCALE, window)
+        for num_threads in range(1, 8):
+            set_num_threads(num_threads)
+            (out,) = attend(cache, [(0, s.q[-num_rows:], 2600)], window)
+            assert_same_bits(out, expected)
+    set_num_threads(7)
+    others = [(0, s.q[n - 1 : n], n) for n in (1, 300, 2000)]
+    assert_same_bits(attend(cache, [*others, (0, s.q[-1:], 2600)])[-1], expected_of_last_row(s, kv_dtype))
+
+
+def expected_of_last_row(s: Sequence, kv_dtype: torch.dtype) -> torch.Tensor:
+    return expected_of(dataclasses.replace(s, q=s.q[-1:]), kv_dtype=kv_dtype)
+
+
+@pytest.mark.slow
+@both_kv_dtypes
+@pytest.mark.parametrize("length", [8192, 16400])
+def test_contexts_of_many_thousands_equal_the_reference(length, kv_dtype):
+    s = make_sequence(length, 3, 1, 64, seed=300)
+    expected = expected_of(dataclasses.replace(s, q=s.q[-2:]), kv_dtype=kv_dtype)
+    for block_size in (16, 64):
+        cache = store([s], block_size, kv_dtype)
+        (prefill,) = attend(cache, [(0, s.q, length)])
+        assert_same_bits(prefill[-2:], expected)
+        for i in (1, 2):
+            (decode,) = attend(cache, [(0, s.q[length - i : length - i + 1], length - i + 1)])
+            assert_same_bits(decode, expected[2 - i : 3 - i])
+
+
+def test_the_kv_dtype_shows_in_the_bits():
+    assert num_different(long_expected(0), long_expected(0, torch.bfloat16)) > long_expected(0).numel() // 2
 
 
 def test_another_order_of_summation_shows_in_the_bits(monkeypatch):
@@ -179,35 +247,21 @@ def test_strides_do_not_show():
 
 # Packed batches
 
-# two groups of a shared prompt and samples, a lone sequence, a prompt whose only sample is empty
-SEGMENTS = [
-    (0, 37, -1),
-    (37, 50, 0),
-    (50, 51, 0),
-    (51, 90, 0),
-    (90, 122, -1),
-    (122, 130, 4),
-    (130, 150, -1),
-    (150, 160, -1),
-    (160, 160, 7),
-]
 
-
-def packed_rows(num_heads: int = 4, num_kv_heads: int = 2, head_dim: int = 16, *, seed: int = 40) -> Sequence:
-    return make_sequence(160, num_heads, num_kv_heads, head_dim, seed=seed)
-
-
+@both_kv_dtypes
 @pytest.mark.parametrize("window", [0, 9])
 @pytest.mark.parametrize("block_size", [16, 48])
-def test_shared_prompts_equal_separate_sequences(block_size, window):
+def test_shared_prompts_equal_separate_sequences(block_size, window, kv_dtype):
     s = packed_rows()
-    out = packed_attention(s.q, s.k, s.v, PackedPlan(SEGMENTS, block_size), SCALE, window)
+    plan = PackedPlan(SEGMENTS, block_size, kv_dtype)
+    out = packed_attention(s.q, s.k, s.v, plan, SCALE, window)
     for first, end, parent in SEGMENTS:
         prompt = range(*SEGMENTS[parent][:2]) if parent >= 0 else range(0)
         rows = [*prompt, *range(first, end)]
-        alone = packed_attention(s.q[rows], s.k[rows], s.v[rows], PackedPlan([(0, len(rows), -1)]), SCALE, window)
+        lone_plan = PackedPlan([(0, len(rows), -1)], kv_dtype=kv_dtype)
+        alone = packed_attention(s.q[rows], s.k[rows], s.v[rows], lone_plan, SCALE, window)
         assert_same_bits(out[first:end], alone[len(prompt) :])
-    assert_same_bits(out, reference.packed_attention(s.q, s.k, s.v, PackedPlan(SEGMENTS), SCALE, window))
+    assert_same_bits(out, reference.packed_attention(s.q, s.k, s.v, plan, SCALE, window))
 
 
 def test_packed_equals_paged_over_long_contexts():
@@ -224,83 +278,45 @@ def test_packed_equals_paged_over_long_contexts():
     assert_same_bits(out[620:], torch.cat(attend(store([second]), rows)))
 
 
-def _exact_attention(q, k, v, window):
-    """Float64 softmax attention over SEGMENTS, by torch."""
-    group, outputs = q.shape[1] // k.shape[1], []
-    for first, end, parent in SEGMENTS:
-        prompt = range(*SEGMENTS[parent][:2]) if parent >= 0 else range(0)
-        rows = torch.tensor([*prompt, *range(first, end)], dtype=torch.int64)
-        keys, values = k[rows].repeat_interleave(group, 1), v[rows].repeat_interleave(group, 1)
-        scores = torch.einsum("rnh,jnh->nrj", q[first:end], keys) * SCALE
-        position, key = torch.arange(len(prompt), len(rows))[:, None], torch.arange(len(rows))
-        is_hidden = (key > position) | (key <= position - window if window else torch.zeros(()).bool())
-        outputs.append(torch.einsum("nrj,jnh->rnh", scores.masked_fill(is_hidden, -torch.inf).softmax(2), values))
-    return torch.cat(outputs)
-
-
-@pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "head_dim", "window"), [(4, 2, 16, 0), (3, 1, 80, 0), (2, 2, 32, 9)]
-)
-def test_gradients_are_those_of_softmax_attention(num_heads, num_kv_heads, head_dim, window):
-    s = packed_rows(num_heads, num_kv_heads, head_dim)
-    grad = spread(160, num_heads, head_dim, seed=50)
-    exact_inputs = [t.double().requires_grad_() for t in (s.q, s.k, s.v)]
-    _exact_attention(*exact_inputs, window).backward(grad.double())
-    runs = []
-    for num_threads in (1, 2, 4):
-        set_num_threads(num_threads)
-        inputs = [t.clone().requires_grad_() for t in (s.q, s.k, s.v)]
-        out = packed_attention(*inputs, PackedPlan(SEGMENTS), SCALE, window)
-        assert_same_bits(out.detach(), packed_attention(s.q, s.k, s.v, PackedPlan(SEGMENTS), SCALE, window))
-        out.backward(grad)
-        runs.append([t.grad for t in inputs])
-    for once, twice, again, exact in zip(*runs, exact_inputs):
-        assert_close(once, exact.grad, 1e-5)
-        assert_same_bits(once, twice)
-        assert_same_bits(once, again)
-
-
-def test_gradients_of_odd_layouts_are_the_same():
-    s = packed_rows()
-    grads = []
-    for change in (lambda t: t, lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)):
-        inputs = [t.clone().requires_grad_() for t in (s.q, s.k, s.v)]
-        packed_attention(*map(change, inputs), PackedPlan(SEGMENTS), SCALE).backward(spread(160, 4, 16, seed=51))
-        grads.append([t.grad for t in inputs])
-    for one, other in zip(*grads):
-        assert_same_bits(one, other)
-
-
-def test_gradients_do_not_depend_on_other_groups():
-    s, grad = packed_rows(), spread(160, 4, 16, seed=52)
-    whole = [t.clone().requires_grad_() for t in (s.q, s.k, s.v)]
-    packed_attention(*whole, PackedPlan(SEGMENTS), SCALE).backward(grad)
-    group = [t[:90].clone().requires_grad_() for t in (s.q, s.k, s.v)]
-    packed_attention(*group, PackedPlan(SEGMENTS[:4]), SCALE).backward(grad[:90])
-    for one, other in zip(whole, group):
-        assert_same_bits(one.grad[:90], other.grad)
-
-
 # Storage
 
 
-def test_store_writes_its_slots_only():
-    keys, values = torch.full((5, 2, 16, 32), -7.0), torch.full((5, 2, 32, 16), -7.0)
+@both_kv_dtypes
+def test_store_writes_its_slots_only(kv_dtype):
+    keys = torch.full((5, 2, 16, 32), -7.0, dtype=kv_dtype)
+    values = torch.full((5, 2, 32, 16), -7.0, dtype=kv_dtype)
     k, v = spread(9, 2, 16, seed=60), spread(9, 2, 16, seed=61)
     rows, slots = torch.tensor([8, 0, 3]), torch.tensor([4 * 32 + 31, 5, 32])
     kv_store(k, v, keys, values, slots, rows)
     for row, slot in zip(rows.tolist(), slots.tolist()):
-        assert_same_bits(keys[slot // 32, :, :, slot % 32], k[row])
-        assert_same_bits(values[slot // 32, :, slot % 32], v[row])
+        assert_same_bits(keys[slot // 32, :, :, slot % 32].float(), reference.round_kv(k[row], kv_dtype))
+        assert_same_bits(values[slot // 32, :, slot % 32].float(), reference.round_kv(v[row], kv_dtype))
         keys[slot // 32, :, :, slot % 32] = values[slot // 32, :, slot % 32] = -7.0
     assert (keys == -7.0).all()
     assert (values == -7.0).all()
 
 
+def test_rounding_is_to_the_nearest_bfloat16_and_ties_go_to_even():
+    words = torch.tensor(
+        [0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x7F7F7FFF, 0x7F7F8000, 0x00008000, 0x00008001, 0x7F800001]
+    )
+    words = torch.cat([words, words - 2**31]).int()  # of either sign
+    x = torch.cat([words.view(torch.float32), spread(4078, seed=63, low=-140, high=128)]).reshape(64, 1, 64)
+    keys, values = torch.zeros(4, 1, 64, 16, dtype=torch.bfloat16), torch.zeros(4, 1, 16, 64, dtype=torch.bfloat16)
+    kv_store(x, x, keys, values, torch.arange(64))
+    stored = keys.transpose(2, 3).reshape(64, 1, 64)
+    assert_same_bits(stored, values.reshape(64, 1, 64))
+    is_nan = x.isnan()
+    assert torch.equal(is_nan, stored.isnan())
+    assert_same_bits(stored[~is_nan].float(), reference.round_kv(x, torch.bfloat16)[~is_nan])
+    assert_same_bits(stored[~is_nan], x.bfloat16()[~is_nan])
+
+
+@both_kv_dtypes
 @pytest.mark.parametrize("num_threads", [1, 3])
-def test_blocks_are_copied_pair_by_pair_in_every_plane(num_threads):
+def test_blocks_are_copied_pair_by_pair_in_every_plane(num_threads, kv_dtype):
     set_num_threads(num_threads)
-    storage = spread(6, 8, 2, 16, seed=62)
+    storage = spread(6, 8, 2, 16, seed=62).to(kv_dtype)
     expected = storage.clone()
     pairs = [(0, 5), (5, 6), (3, 0)]  # a later pair sees what an earlier one wrote
     for source, destination in pairs:
@@ -324,5 +340,8 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="segment 3 has parent 0"):
         PackedPlan([(0, 5, -1), (5, 6, 0), (6, 7, -1), (7, 8, 0)])
     s = packed_rows()
+    keys, values = torch.zeros(1, 2, 16, 16), torch.zeros(1, 2, 16, 16, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"torch.float32 and torch.bfloat16: both must be"):
+        kv_store(s.k, s.v, keys, values, torch.arange(1))
     with pytest.raises(ValueError, match="float64"):
         packed_attention(s.q.double(), s.k.double(), s.v.double(), PackedPlan(SEGMENTS), SCALE)

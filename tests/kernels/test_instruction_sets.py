@@ -1,4 +1,4 @@
-"""One source, several builds: AVX-512 (with and without bfloat16), AVX2 and plain C give the same bits. Run as a script, it prints its digests."""
+"""One source, several builds with the same bits. Run as a script, it prints its digests."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
 
 from kernel_checks import pack, spread
+from truncation_cases import make_draws, random_options
 
 from kernels.activation import silu_and_mul
 from kernels.attention import PackedPlan, packed_attention
@@ -29,6 +30,7 @@ from kernels.linear import linear
 from kernels.logprobs import sample, token_logprobs
 from kernels.profiles import PROFILES
 from kernels.rms_norm import rms_norm
+from kernels.truncated import truncated_sample
 
 
 def _linear():
@@ -73,10 +75,19 @@ def _logprobs():
         yield token_logprobs(*head, number[:20], temperature, is_dot=profile.is_dot)
 
 
+def _truncated():
+    for size in (0.0, 3.0, 60.0):
+        logits = spread(20, 1500, seed=16, low=-3, high=1) * size
+        draws, options = make_draws(300, 20, seed=17), random_options(300, 1500, seed=18)
+        result = truncated_sample(logits, draws, options, num_top=5)
+        yield from (result.token_ids, result.logprobs, result.raw_logprobs, result.kept_mass, result.num_kept)
+        yield from (result.top_ids, result.top_logprobs)
+
+
 def _digests() -> dict[str, str]:
     set_num_threads(2)
     digests = {"instruction_set": instruction_set(), **{profile: fingerprint(profile) for profile in PROFILES}}
-    for make in (_linear, _subnormals, _rows, _attention, _logprobs):
+    for make in (_linear, _subnormals, _rows, _attention, _logprobs, _truncated):
         joined = b"".join(t.contiguous().numpy().tobytes() for t in make())
         digests[make.__name__] = hashlib.blake2b(joined, digest_size=16).hexdigest()
     digests["weights"] = tensor_digest(spread(1000, seed=15)).hex()

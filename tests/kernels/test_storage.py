@@ -6,16 +6,18 @@ import torch
 from kernels.storage import HUGE_PAGE, empty_storage
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 5), (2**19,), (700, 1000), (2, 3, 2**18 + 1)])
-def test_storage_is_a_plain_contiguous_tensor_that_holds_what_is_written(shape):
-    storage = empty_storage(*shape)
+def test_storage_is_a_plain_contiguous_tensor_that_holds_what_is_written(shape, dtype):
+    storage = empty_storage(*shape, dtype=dtype)
     assert storage.shape == shape
-    assert storage.dtype is torch.float32
+    assert storage.dtype is dtype
     assert storage.is_contiguous()
-    values = torch.arange(storage.numel(), dtype=torch.float32).reshape(shape)
+    values = torch.arange(storage.numel()).remainder(251).to(dtype).reshape(shape)
     storage.copy_(values)
     assert torch.equal(storage, values)
 
 
 def test_large_storage_begins_on_a_huge_page():
     assert empty_storage(HUGE_PAGE // 4).data_ptr() % HUGE_PAGE == 0
+    assert empty_storage(HUGE_PAGE // 2, dtype=torch.bfloat16).data_ptr() % HUGE_PAGE == 0

@@ -60,6 +60,19 @@ def test_rollouts_equal_a_local_engines_bit_for_bit(pool, rollouts, config):
         assert {r.kernel_fingerprint for r in group} == {engine.kernel_fingerprint}
 
 
+def test_a_rollout_carries_what_was_kept_and_the_likeliest_tokens(pool, config):
+    params = SamplingParams(n=2, max_tokens=8, top_p=0.6, repetition_penalty=1.2, logprobs=3, seed=5)
+    (group,) = pool.generate(PROMPTS[:1], params)
+    (completions,) = LLMEngine(config).generate(PROMPTS[:1], params)
+    for rollout, completion in zip(group, completions, strict=True):
+        for name in ("token_ids", "logprobs", "raw_logprobs", "kept_mass", "top_logprobs"):
+            assert getattr(rollout, name) == getattr(completion, name)
+            assert len(getattr(rollout, name)) == len(rollout.token_ids)
+        assert min(rollout.kept_mass) < 1
+    plain = pool.generate(PROMPTS[:1], PARAMS)[0][0]
+    assert (plain.raw_logprobs, plain.kept_mass, plain.top_logprobs) == (None, None, None)
+
+
 def test_one_engine_gives_the_rollouts_of_two(rollouts, single):
     assert single.generate(PROMPTS, PARAMS, group_ids=IDS) == rollouts
 

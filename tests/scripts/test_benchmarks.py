@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,32 +12,43 @@ import pytest
 from scripts import bench_grpo_step, bench_rollout, timing
 
 
-def test_rollout_benchmark_times_every_contender_on_the_same_job(tiny_model_dir: Callable[..., Path], tmp_path: Path):
+def test_rollout_benchmark_times_every_contender_on_the_same_jobs(tiny_model_dir: Callable[..., Path], tmp_path: Path):
+    loads = [
+        dataclasses.replace(
+            load, num_prompts=min(2, load.num_prompts), group_size=min(2, load.group_size), max_tokens=4
+        )
+        for load in bench_rollout.LOADS
+    ]
     options = bench_rollout.Options(
         model=str(tiny_model_dir("llama")),
-        num_prompts=2,
-        group_size=2,
-        max_tokens=4,
+        numerics=("float32", "bfloat16-dot"),
         repetitions=2,
-        busy_repetitions=0,
         peer_dtypes=("float32",),
         output=tmp_path / "rollout.json",
     )
-    bench_rollout.main(options)
-    speeds = json.loads(options.output.read_text())["tokens_per_second"]
-    assert list(speeds) == [bench_rollout.OURS, "transformers float32"]
-    assert all(len(contender["values"]) == 2 and min(contender["values"]) > 0 for contender in speeds.values())
+    bench_rollout.main(options, loads)
+    result = json.loads(options.output.read_text())
+    assert list(result["tokens_per_second"]) == [load.name for load in loads]
+    for speeds in result["tokens_per_second"].values():
+        assert sorted(speeds) == ["Lockstep bfloat16-dot", "Lockstep float32", "transformers float32"]
+        assert all(len(contender["values"]) == 2 and min(contender["values"]) > 0 for contender in speeds.values())
+    assert sorted(result["share_of_read_floor"]) == ["Lockstep bfloat16-dot", "Lockstep float32"]
 
 
 @pytest.mark.slow
 def test_step_benchmark_reports_a_step_in_lockstep(tiny_model_dir: Callable[..., Path], tmp_path: Path):
     options = bench_grpo_step.Options(
-        model=str(tiny_model_dir("llama")), num_prompts=2, group_size=2, repetitions=1, output=tmp_path / "step.json"
+        model=str(tiny_model_dir("llama")),
+        numerics=("float32",),
+        num_prompts=2,
+        group_size=2,
+        repetitions=1,
+        output=tmp_path / "step.json",
     )
     bench_grpo_step.main(options)
     result = json.loads(options.output.read_text())
-    assert result["seconds"][bench_grpo_step.OURS]["median"] > 0
-    assert result["steps"][0][bench_grpo_step.OURS]["mismatch/logprob_abs_diff_max"] == 0.0
+    assert result["seconds"]["Lockstep float32"]["median"] > 0
+    assert result["steps"][0]["Lockstep float32"]["mismatch/logprob_abs_diff_max"] == 0.0
 
 
 def test_ratios_compare_neighbours_in_time():

@@ -43,7 +43,7 @@ def test_a_missing_pin_is_named():
         set_up.pin_of("no-such-package")
 
 
-def test_triton_is_wanted_only_where_a_gpu_is():
+def test_the_gpu_extra_is_wanted_only_where_a_gpu_is():
     gpu_extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["gpu"]
     assert set(set_up.requirements(has_gpu=True)) - set(set_up.requirements(has_gpu=False)) == set(gpu_extra)
 

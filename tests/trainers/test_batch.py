@@ -73,6 +73,14 @@ def test_greedy_samples_are_measured_at_temperature_one(make_rollout):
     assert batch.temperature.tolist() == [1.0]
 
 
+def test_a_sample_of_a_changed_distribution_is_never_taken_for_an_on_policy_one(make_rollout):
+    truncated = make_rollout([7], [1], index=3, raw_logprobs=[-0.7], kept_mass=[0.9])
+    with pytest.raises(ValueError, match=r"rollout g0\[3\] has a kept_mass.*Leave top_p, top_k"):
+        pack([make_rollout([7], [1]), truncated], [0.0, 0.0])
+    listed = make_rollout([7], [1], top_logprobs=[{1: -0.5, 2: -1.0}])
+    assert pack([listed], [0.0]).num_targets == 1
+
+
 def test_equal_prompts_of_other_groups_are_not_shared(make_rollout):
     batch = pack([make_rollout([7], [1]), make_rollout([7], [2], group_id="g1")], [0.0, 0.0])
     assert batch.input_ids.tolist() == [7, 7]
