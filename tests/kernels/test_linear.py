@@ -100,7 +100,7 @@ def test_threads_do_not_show(profile, num_threads):
 
 @pytest.mark.slow
 @every_profile
-@pytest.mark.parametrize("num_threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 4, 5, 6, 7])
 @pytest.mark.parametrize(("width", "num_outputs"), [(576, 960), (576, 3072), (1536, 576)])
 def test_every_number_of_rows_up_to_300_in_a_models_shapes(profile, width, num_outputs, num_threads):
     x, weight, is_dot = spread(300, width, seed=30), make_weight(profile, num_outputs, width, seed=31), profile.is_dot

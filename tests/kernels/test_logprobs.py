@@ -70,6 +70,32 @@ def test_every_number_of_rows_equals_the_reference(profile, vocab_size):
     assert_rows_do_not_depend_on_their_number(run, hidden, expected)
 
 
+@pytest.mark.slow
+@every_profile
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 4, 5, 6, 7])
+def test_every_number_of_rows_up_to_300_in_a_models_width(profile, num_threads):
+    hidden, weight = spread(300, 576, seed=30, low=-2, high=2), spread(4001, 576, seed=31, low=-2, high=2)
+    weight, temperature = (weight * 0.05).to(profile.weight_dtype), TEMPERATURES.repeat(60)
+    packed, targets = pack(weight), torch.randint(0, 4001, (300,), generator=torch.Generator().manual_seed(32))
+    seeds, is_greedy = torch.arange(300) * 2**40, (torch.arange(300) % 7 == 0).to(torch.uint8)
+
+    def run(rows):
+        n = len(rows)
+        given = token_logprobs(rows, packed, 4001, targets[:n], temperature[:n], is_dot=profile.is_dot)
+        numbers = torch.arange(n)
+        draws = numbers, seeds[:n], numbers, numbers % 8, is_greedy[:n]
+        token_ids, logprobs = sample(rows, packed, 4001, temperature[:n], *draws, profile.is_dot)
+        return torch.stack([given, logprobs, token_ids.float()], dim=1)
+
+    expected, some = run(hidden), slice(None, None, 43)
+    reference_logprobs = reference.token_logprobs(
+        hidden[some], weight, targets[some], temperature[some], profile.is_dot
+    )
+    assert_same_bits(expected[some, 0], reference_logprobs)
+    set_num_threads(num_threads)
+    assert_rows_do_not_depend_on_their_number(run, hidden, expected)
+
+
 def test_another_order_of_summation_shows_in_the_bits():
     hidden, weight, temperature = make_head(130, seed=3, vocab_size=512)
     block_max, block_sum = vocab_stats(hidden, pack(weight), 512, torch.ones_like(temperature))
