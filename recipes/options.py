@@ -94,8 +94,10 @@ class TrainingOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """How the engines run; none of it changes a bit of a rollout, except where max_model_len cuts it off."""
+    """How the engines run; of these, only numerics changes bits of a rollout, and max_model_len may cut it off."""
 
+    numerics: Literal["auto", "float32", "bfloat16", "bfloat16-dot"] = "auto"
+    """Numbers of engine and trainer alike: float32 (auto), bfloat16 weights, or bfloat16 products, twice as fast."""
     num_engines: int = 1
     """Engine actors that generate."""
     num_threads: int | None = None
