@@ -20,13 +20,24 @@ from kernels.logprobs import sample, token_logprobs, vocab_stats
 from kernels.profiles import Profile, get_profile
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rotary import MAX_POSITIONS, rotary, rotary_table
+from kernels.truncated import DrawOptions, IdLists, truncated_sample
 
-CONTRACT_VERSION = 1  # of docs/numerics.md; a change that moves a bit raises it
+CONTRACT_VERSION = 2  # of docs/numerics.md; a change that moves a bit raises it
 SELF_TEST_DIGESTS = {  # by profile; the same on every processor and in every build of the kernels
-    "float32": "74307171a630a603b825ab98579d1018",
-    "bfloat16": "4d505e74ab8386462f697953f104fb4f",
-    "bfloat16-dot": "da5e259db9aa65911c06b6576663c1b3",
+    "float32": "21cb5a3c587fa52bd3128f6466bd7f4c",
+    "bfloat16": "e200378c9acdfee4008b9722b130943f",
+    "bfloat16-dot": "faaf5ed3f1d7351d0c80039ef7cb55ce",
 }
+SELF_TEST_OPTIONS = (  # in the order of kernels.truncated.NUMBERS: off, on, on for draws divisible by
+    (1.0, 0.7, 2),
+    (1.0, 1.3, 3),
+    (0.0, 0.4, 4),
+    (0.0, 0.6, 5),
+    (0.0, 0.05, 6),
+    (0, 20, 7),
+    (1.0, 0.9, 4),
+    (0, 1, 11),
+)
 
 
 @functools.cache
@@ -96,6 +107,7 @@ def _outputs(profile: Profile) -> Iterator[torch.Tensor]:
     yield rotary(_numbers(5, 3, 32, seed=9), torch.tensor([0, 1, 77, 256, 299]), table)
     yield from _attention_outputs(profile)
     yield from _logprob_outputs(profile)
+    yield from _truncated_outputs()
 
 
 def _attention_outputs(profile: Profile) -> Iterator[torch.Tensor]:
@@ -123,6 +135,22 @@ def _logprob_outputs(profile: Profile) -> Iterator[torch.Tensor]:
     draws = number % 5, number << 40, number * 3, number // 20, is_greedy
     yield from sample(*head, temperature, *draws, is_dot)
     yield token_logprobs(*head, torch.tensor([0, 63, 64, 199, 128]), temperature, is_dot=is_dot)
+
+
+def _truncated_outputs() -> Iterator[torch.Tensor]:
+    """Sixty draws from three rows; every option is off for some of them, in its own rhythm."""
+    number, settings = torch.arange(60), torch.tensor(SELF_TEST_OPTIONS, dtype=torch.float64)
+    numbers = torch.where(number % settings[:, 2:3] == 0, settings[:, 1:2], settings[:, 0:1])
+    three = IdLists(offsets=3 * torch.arange(61), ids=torch.tensor([5, 70, 199], dtype=torch.int32).repeat(60))
+    none = IdLists(offsets=torch.zeros(61, dtype=torch.int64), ids=torch.empty(0, dtype=torch.int32))
+    counts, bias = (torch.arange(180) % 4).int(), _numbers(180, seed=16, low=-3, high=2)
+    options = DrawOptions(
+        numbers=numbers.contiguous(), seen=three, counts=counts, biased=three, bias=bias, masked=none, allowed=none
+    )
+    draws = torch.stack([number % 3, number << 40, number * 3, number // 20, (number % 7 == 3).long()])
+    result = truncated_sample(_numbers(3, 200, seed=15, low=-4, high=3), draws, options, num_top=3)
+    yield from (result.token_ids, result.logprobs, result.raw_logprobs, result.kept_mass, result.num_kept)
+    yield from (result.top_ids, result.top_logprobs)
 
 
 def _numbers(*shape: int, seed: int, low: int = -5, high: int = 5) -> torch.Tensor:
