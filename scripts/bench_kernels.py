@@ -48,7 +48,7 @@ class Options:
     """Profiles to time."""
     num_threads: int | None = None
     """Threads of our kernels and of torch; None takes every core."""
-    rows: tuple[int, ...] = (1, 8, 64, 512)
+    rows: tuple[int, ...] = (1, 8, 32, 64, 512)
     """Numbers of rows for the linear layers."""
     seconds: float = 0.25
     """Time spent on each figure. The best call counts, and beside a busy process the median."""
