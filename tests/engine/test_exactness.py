@@ -260,7 +260,7 @@ def test_the_comparison_notices_torchs_own_linear(
     ]
     model = load_trainer_model(model_dir)
     monkeypatch.setattr(
-        "engine.model.linear", lambda x, packed, n, bias, master, is_dot: torch.nn.functional.linear(x, master, bias)
+        "engine.cpu_ops.linear", lambda x, packed, n, bias, master, is_dot: torch.nn.functional.linear(x, master, bias)
     )
     swapped = trainer_logprobs(model, prompt, decoded, temperature=1.0)
     assert not torch.equal(swapped, torch.tensor(decoded.logprobs))
