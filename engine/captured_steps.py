@@ -42,6 +42,10 @@ class CapturedSteps:
             return forward()
         if self._graphs[num_rows] is None:
             self._graphs[num_rows] = self._capture(forward)
+        return self.replay(num_rows)
+
+    def replay(self, num_rows: int) -> torch.Tensor:
+        """Runs a captured step again on what the input tensors hold."""
         graph, output = self._graphs[num_rows]
         graph.replay()
         return output

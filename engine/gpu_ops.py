@@ -87,10 +87,14 @@ class GPUOps:
     def packed_plan(self, segments: list[tuple[int, int, int]]) -> PackedPlan:
         return PackedPlan(segments, self.device)
 
-    def sample(self, hidden_TD, matrix, vocab_size, temperature_T, draws) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(self, hidden_TD, matrix, temperature_T, draws) -> tuple[torch.Tensor, torch.Tensor]:
+        """`sample` without the transfer to the CPU."""
         row, seed, position, index, is_greedy = draws
         keys = row, seed, position, index, is_greedy.to(torch.uint8)
-        token_ids, logprobs = sample(hidden_TD, matrix, temperature_T, *keys)
+        return sample(hidden_TD, matrix, temperature_T, *keys)
+
+    def sample(self, hidden_TD, matrix, vocab_size, temperature_T, draws) -> tuple[torch.Tensor, torch.Tensor]:
+        token_ids, logprobs = self.draw(hidden_TD, matrix, temperature_T, draws)
         # one transfer, and so one wait for the device
         words = torch.stack([token_ids.to(torch.int32), logprobs.view(torch.int32)]).cpu()
         return words[0], words[1].view(torch.float32)

@@ -31,7 +31,7 @@ class ModelRunner:
         self.sampler = Sampler(self.model.lm_head)
         self.policy_version = 0
         self.input_buffers = _input_buffers(engine_config, ops)
-        self._steps = _repeated_steps(engine_config, ops)
+        self.steps = _repeated_steps(engine_config, ops)
         self.kv_storage, self.key_blocks, self.value_blocks = ops.new_blocks(
             config.num_layers, num_blocks, config.num_kv_heads, config.head_dim, block_size
         )
@@ -60,9 +60,9 @@ class ModelRunner:
         def forward() -> torch.Tensor:
             return self.model(batch.input_ids, batch.positions, self._attention(batch))
 
-        if self._steps is None or not batch.has_one_row_each:
+        if self.steps is None or not batch.has_one_row_each:
             return forward()
-        return self._steps.run(batch.num_rows, forward)
+        return self.steps.run(batch.num_rows, forward)
 
     def _attention(self, batch: InputBatch) -> PagedAttention:
         return PagedAttention(
