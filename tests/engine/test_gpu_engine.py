@@ -14,10 +14,14 @@ from engine.captured_steps import MAX_GRAPH_ROWS, padded_num_rows
 from engine.memory import device_bytes_left, weight_bytes
 from engine.model_config import ModelConfig
 from engine.outputs import Completion
+from scripts.gpu_check import invariance
 from scripts.gpu_check.random_models import MODELS, TINY, random_engine, random_weights
 
 QWEN3 = {**TINY, "architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True}
-PARAMS = SamplingParams(max_tokens=4, seed=5, temperature=0.8)
+PARAMS = SamplingParams(max_tokens=3, seed=5, temperature=0.8)
+
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU: there is no interpreter")
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
@@ -46,6 +50,7 @@ def forward_logprobs(engine: LLMEngine, prompt: list[int], completion: Completio
         return ops.token_logprobs(hidden, head.packed, head.num_outputs, targets, heat).cpu()
 
 
+@no_gpu
 @pytest.mark.parametrize(("model", "numerics"), [(TINY, "float32"), (QWEN3, "bfloat16")])
 def test_decode_among_others_equals_the_packed_forward(model, numerics):
     engine = interpreted(model, numerics=numerics, max_num_batched_tokens=16)
@@ -59,6 +64,7 @@ def test_decode_among_others_equals_the_packed_forward(model, numerics):
     assert bits(alone[0]) == bits(together[0])
 
 
+@no_gpu
 def test_logprobs_are_near_those_of_the_cpu():
     params = SamplingParams(max_tokens=3, temperature=0.0)
     (ours,), (theirs,) = (
@@ -69,6 +75,7 @@ def test_logprobs_are_near_those_of_the_cpu():
     assert torch.allclose(torch.tensor(ours.logprobs), torch.tensor(theirs.logprobs), atol=1e-5)
 
 
+@no_gpu
 def test_groups_share_a_prompt_and_new_weights_are_used():
     engine = interpreted(numerics="float32")
     prompt, params = prompt_of(5), SamplingParams(n=3, max_tokens=2, seed=1)
@@ -80,6 +87,7 @@ def test_groups_share_a_prompt_and_new_weights_are_used():
     engine.check_integrity()
 
 
+@no_gpu
 def test_truncated_samples_and_plain_ones_share_a_step():
     engine = interpreted(numerics="float32")
     prompts = [prompt_of(4), prompt_of(6, seed=1)]
@@ -120,10 +128,20 @@ def test_options_that_do_not_fit_the_device_are_refused(options, message):
         EngineConfig("m", **options)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+@no_gpu
 def test_without_a_gpu_auto_is_the_cpu_and_cuda_an_error():
     assert (EngineConfig("m").device_name, EngineConfig("m").profile_name) == ("cpu", "float32")
     assert EngineConfig("m", device="interpreter").profile_name == "gpu-bfloat16"
     assert EngineConfig("m", device="interpreter", numerics="float32").profile_name == "gpu-float32"
     with pytest.raises(ValueError, match="is not available: torch finds no CUDA device"):
         EngineConfig("m", device="cuda")
+
+
+ENGINE_CHECKS = {name: check for name, check in invariance.checks() if name.startswith("engine: ")}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ENGINE_CHECKS)
+def test_on_a_device(name):
+    """A needle among others, chunks, graphs against eager steps, the packed forward, updates under valid graphs."""
+    ENGINE_CHECKS[name]()
