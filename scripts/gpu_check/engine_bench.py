@@ -28,7 +28,7 @@ BFLOAT16 = torch.bfloat16
 def throughput_rows(card: Card, model: str, rows: list[Row]) -> None:
     """Tokens per second of the invariant engine and of the same with cuBLAS; decode alone against the floor."""
     own: list[Row] = []
-    for name, ops in (("invariant", None), ("cuBLAS", TorchOps(with_sdpa=False))):
+    for name, ops in (("invariant", None), ("cuBLAS", TorchOps())):
         own.append({"model": model, "engine": name, **throughput(card, model, ops)})
         rows.append(own[-1])
         collect_memory()
@@ -50,8 +50,8 @@ def device_step_rows(card: Card, model: str, rows: list[Row]) -> None:
     """What a decode step of 256 requests takes on the device at a full context, in each engine."""
     variants: tuple[tuple[str, Ops | None, int], ...] = (
         ("invariant", None, 16),
-        ("cuBLAS", TorchOps(with_sdpa=False), 16),
-        ("cuBLAS and SDPA", TorchOps(with_sdpa=True), CONTEXT),
+        ("cuBLAS", TorchOps(), 16),
+        ("cuBLAS and SDPA", TorchOps(sdpa_rows=NUM_REQUESTS), CONTEXT),
     )
     own: list[Row] = []
     for name, ops, block_size in variants:
@@ -75,10 +75,10 @@ def device_step(card: Card, model: str, ops: Ops | None, block_size: int) -> Row
 
 
 def bench_engine(model: str, ops: Ops | None, *, block_size: int = 16, max_num_batched_tokens: int = 8192) -> LLMEngine:
-    """With just enough blocks; nothing is found in a prefix cache."""
+    """With as many blocks as the scheduler wants to see before it lets all requests in; without a prefix cache."""
     return random_engine(
         MODELS[model], ops=ops, device="cuda", max_num_seqs=NUM_REQUESTS, max_model_len=CONTEXT, block_size=block_size,
-        num_blocks=NUM_REQUESTS * CONTEXT // block_size, max_num_batched_tokens=max_num_batched_tokens,
+        num_blocks=NUM_REQUESTS * (CONTEXT // block_size + 1), max_num_batched_tokens=max_num_batched_tokens,
         enable_prefix_caching=False,
     )  # fmt: skip
 

@@ -161,7 +161,7 @@ def check_update() -> None:
 
 
 def check_float32() -> None:
-    engine, prompt = random_engine(TINY, device="cuda", numerics="float32", num_blocks=500), prompt_of(0, TINY)
+    engine, prompt = random_engine(TINY, device="cuda", numerics="float32"), prompt_of(0, TINY)
     (alone,) = engine.generate([prompt], NEEDLE)[0]
     group = engine.generate([prompt, *(prompt_of(i, TINY) for i in range(1, 20))], NEEDLE)[0][0]
     require_equal((group.token_ids, group.logprobs), (alone.token_ids, alone.logprobs), "among 19 others")

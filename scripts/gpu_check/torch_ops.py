@@ -10,15 +10,15 @@ from kernels.profiles import GPU_PROFILES
 
 
 class TorchOps(GPUOps):
-    """Products by cuBLAS and, `with_sdpa`, attention of decode steps by SDPA.
+    """Products by cuBLAS and, with `sdpa_rows`, attention of decode steps of so many requests by SDPA.
 
-    SDPA wants the keys and values of a request side by side, so then every request has one block: it reads all slots of
-    all blocks, which is the right work for requests that fill them.
+    SDPA wants the keys and values of a request side by side, so then every request must have one block, among the first
+    `sdpa_rows`, as in a fresh engine. It reads all slots of them, which is the right work for requests that fill them.
     """
 
-    def __init__(self, *, with_sdpa: bool) -> None:
+    def __init__(self, *, sdpa_rows: int = 0) -> None:
         super().__init__(GPU_PROFILES["gpu-bfloat16"], torch.device("cuda"))
-        self.with_sdpa = with_sdpa
+        self.sdpa_rows = sdpa_rows
 
     def fingerprint(self) -> str:
         return "none: not invariant"
@@ -34,15 +34,15 @@ class TorchOps(GPUOps):
     def paged_attention(
         self, q_TNH, key_blocks, value_blocks, block_tables, cu_seqlens_q, seq_lens, scale, window
     ) -> torch.Tensor:
-        num_rows, num_blocks = q_TNH.shape[0], key_blocks.shape[0]
-        if not (self.with_sdpa and num_rows == seq_lens.shape[0] == num_blocks):
+        num_rows = q_TNH.shape[0]
+        if not num_rows == seq_lens.shape[0] == self.sdpa_rows:
             tables = block_tables, cu_seqlens_q, seq_lens
             return GPUOps.paged_attention(q_TNH, key_blocks, value_blocks, *tables, scale, window)
         grouped = q_TNH.unflatten(1, (key_blocks.shape[1], -1))
-        block_of_row = block_tables[:, 0].long()
+        block_of_row = block_tables[:, 0].long() % num_rows
         by_block = torch.empty_like(grouped, memory_format=torch.contiguous_format)
         by_block.index_copy_(0, block_of_row, grouped)
-        out = scaled_dot_product_attention(by_block, key_blocks, value_blocks, scale=scale)
+        out = scaled_dot_product_attention(by_block, key_blocks[:num_rows], value_blocks[:num_rows], scale=scale)
         return out.index_select(0, block_of_row).flatten(1, 2)
 
     def draw(self, hidden_TD, matrix, temperature_T, draws) -> tuple[torch.Tensor, torch.Tensor]:
