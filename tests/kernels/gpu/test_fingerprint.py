@@ -9,6 +9,7 @@ from kernels.gpu.fingerprint import fingerprint, self_test, source_digest
 from kernels.gpu.tiles import table_digest
 
 
+@pytest.mark.slow
 def test_a_device_has_one_fingerprint():
     again = fingerprint.__wrapped__(DEVICE, torch.bfloat16)  # runs the self-test again
     assert fingerprint(DEVICE, torch.bfloat16) == again
