@@ -95,7 +95,7 @@ def test_merged_chunks_equal_the_loop_over_chunks(window):
         assert_near(one, expected(case, sequence, first, end, window), 5e-6)
 
 
-@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("window", [pytest.param(0, marks=pytest.mark.slow), 40])
 def test_cuts_and_neighbours_do_not_show(window):
     case = make_case([300, 60], 3, 1, 16, seed=4)
     (whole,) = attend(case, [(0, 0, 300)], window, run=whole_attention)

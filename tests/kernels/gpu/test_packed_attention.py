@@ -42,7 +42,7 @@ def dense_attention(q, k, v, segments, window):
     return torch.einsum("ntj,jnh->tnh", weights, v.repeat_interleave(group, 1))
 
 
-@pytest.mark.parametrize("window", [0, 30])
+@pytest.mark.parametrize("window", [pytest.param(0, marks=pytest.mark.slow), 30])
 def test_forward_is_near_the_reference_whatever_the_block_size(window):
     q, k, v = operands(NUM_ROWS)
     exact = reference.packed_attention(q, k, v, cpu_attention.PackedPlan(SEGMENTS), SCALE, window)
@@ -52,7 +52,7 @@ def test_forward_is_near_the_reference_whatever_the_block_size(window):
     assert_same_bits(packed_attention(*on_gpu, PackedPlan(SEGMENTS, DEVICE, block_size=64), SCALE, window), out)
 
 
-@pytest.mark.parametrize("window", [0, 30])
+@pytest.mark.parametrize("window", [pytest.param(0, marks=pytest.mark.slow), 30])
 def test_gradients_are_those_of_dense_attention(window):
     leaves = [x.double().requires_grad_() for x in operands(NUM_ROWS)]
     slopes = rounded_spread(NUM_ROWS, 2, 16, seed=4, dtype=torch.float32)
