@@ -1,18 +1,18 @@
 """Attention metadata: what the model is told about the rows of a step (paged) or a training batch (packed).
 
 The model calls `attention(layer, q, k, v, window)` and does not know which of the two it has. Both end in the same
-kernel, which visits keys at fixed absolute positions, so a row's result is the same bits in either.
+kernel of the device, which visits keys at fixed absolute positions, so a row's result is the same bits in either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from kernels.attention import PackedPlan, kv_store, packed_attention, paged_attention
+from engine.ops import Ops, make_ops
 
 if TYPE_CHECKING:
     from engine.model_config import ModelConfig
@@ -33,8 +33,9 @@ class Attention(Protocol):
 class PagedAttention:
     """The engine's metadata: keys and values live in the blocks of the KV pool."""
 
-    key_blocks: torch.Tensor  # [L, P, K, H, S] float32 or bfloat16
-    value_blocks: torch.Tensor  # [L, P, K, S, H] of the same type
+    ops: Ops
+    key_blocks: torch.Tensor  # [L, P, ...] as `Ops.new_blocks` lays them out, float32 or bfloat16
+    value_blocks: torch.Tensor  # likewise
     block_tables: torch.Tensor  # [B, max_blocks] int32
     cu_seqlens_q: torch.Tensor  # [B + 1] int32, first row of each request
     seq_lens: torch.Tensor  # [B] int32, positions of each request with this step's rows
@@ -45,9 +46,9 @@ class PagedAttention:
         self, layer: int, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, window: int
     ) -> torch.Tensor:
         keys, values = self.key_blocks[layer], self.value_blocks[layer]
-        kv_store(k_TKH, v_TKH, keys, values, self.slot_mapping)
+        self.ops.kv_store(k_TKH, v_TKH, keys, values, self.slot_mapping)
         tables, starts, lengths = self.block_tables, self.cu_seqlens_q, self.seq_lens
-        return paged_attention(q_TNH, keys, values, tables, starts, lengths, self.scale, window)
+        return self.ops.paged_attention(q_TNH, keys, values, tables, starts, lengths, self.scale, window)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,23 +64,30 @@ class Segment:
 class PackedAttention:
     """The trainer's metadata: sequences of a packed batch, some of which may share a prompt. Differentiable."""
 
-    plan: PackedPlan
+    ops: Ops
+    plan: Any  # of `Ops.packed_plan`
     scale: float
 
     @classmethod
     def from_segments(
-        cls, config: ModelConfig, segments: Sequence[Segment], kv_dtype: torch.dtype = torch.float32
+        cls,
+        config: ModelConfig,
+        segments: Sequence[Segment],
+        kv_dtype: torch.dtype = torch.float32,
+        ops: Ops | None = None,
     ) -> PackedAttention:
         """Lays out a packed batch whose rows are covered by `segments` in order, children right after their parent.
 
-        kv_dtype is that of the engine's blocks, to which keys and values are rounded.
+        kv_dtype is that of the engine's blocks, to which keys and values are rounded. ops: of the model, if it does not
+        run on the CPU; they know that type.
 
         Raises ValueError where the segments leave a gap or a parent does not directly precede its children.
         """
         runs = [(s.start_row, s.end_row, -1 if s.parent is None else s.parent) for s in segments]
-        return cls(plan=PackedPlan(runs, kv_dtype=kv_dtype), scale=config.head_dim**-0.5)
+        ops = make_ops("float32" if kv_dtype is torch.float32 else "bfloat16") if ops is None else ops
+        return cls(ops=ops, plan=ops.packed_plan(runs), scale=config.head_dim**-0.5)
 
     def __call__(
         self, layer: int, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, window: int
     ) -> torch.Tensor:
-        return packed_attention(q_TNH, k_TKH, v_TKH, self.plan, self.scale, window)
+        return self.ops.packed_attention(q_TNH, k_TKH, v_TKH, self.plan, self.scale, window)

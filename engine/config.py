@@ -13,7 +13,7 @@ __all__ = ["EngineConfig", "ModelConfig", "reject_unknown_options"]
 
 Numerics = Literal["auto", "float32", "bfloat16", "bfloat16-dot"]
 KVCacheDtype = Literal["auto", "float32", "bfloat16"]
-Device = Literal["auto", "cpu"]
+Device = Literal["auto", "cpu", "cuda", "interpreter"]
 
 BLOCK_SIZE_MULTIPLE = 16  # the attention kernels' lanes run over this many slots
 
@@ -27,9 +27,14 @@ class EngineConfig:
 
     model: str  # a Hugging Face directory, a .gguf file, "smollm2-135m-instruct" (packaged), or a hub id
     _: KW_ONLY
-    numerics: Numerics = "auto"  # the numerics profile (docs/numerics.md); "auto" is float32
+    # the numerics profile (docs/numerics.md): "auto" is float32 on a CPU and bfloat16 on CUDA, whose two profiles are
+    # called gpu-bfloat16 and gpu-float32 elsewhere; bfloat16-dot is a CPU's
+    numerics: Numerics = "auto"
     kv_cache_dtype: KVCacheDtype = "auto"  # follows numerics: float32, or bfloat16 with the bfloat16 profiles
+    # "auto" is cuda where torch finds one, unless numerics is bfloat16-dot; "interpreter" runs the kernels of cuda by
+    # Triton's interpreter on the CPU, for tests
     device: Device = "auto"
+    enforce_eager: bool = False  # decode steps are not recorded (CPU) or captured as CUDA graphs
     num_threads: int | None = None  # kernel threads; None becomes the number of cores this process may use
     block_size: int = 16  # tokens in one KV block, a multiple of 16
     num_blocks: int | None = None  # size of the KV pool in blocks; None derives it from kv_cache_memory_bytes
@@ -56,11 +61,24 @@ class EngineConfig:
 
     def _check_choices(self) -> None:
         _require_choice("numerics", self.numerics, get_args(Numerics))
-        _require_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto", self.profile_name.removesuffix("-dot")))
-        _require_choice("device", self.device, ("auto", "cpu"))
+        _require_choice("device", self.device, get_args(Device))
+        self._check_device()
+        if self.kv_cache_dtype != "auto":
+            of_profile = self.profile_name.removeprefix("gpu-").removesuffix("-dot")
+            _require_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto", of_profile))
+        _require_choice("enforce_eager", self.enforce_eager, (True, False))
         _require_choice("async_scheduling", self.async_scheduling, ("auto", False))
         _require_choice("num_scheduler_steps", self.num_scheduler_steps, (1,))
         _require_choice("enable_prefix_caching", self.enable_prefix_caching, (True, False))
+
+    def _check_device(self) -> None:
+        if self.device == "cuda" and not _has_cuda():
+            raise ValueError("device='cuda' is not available: torch finds no CUDA device here. Use 'auto' or 'cpu'")
+        if self.device in ("cuda", "interpreter") and self.numerics == "bfloat16-dot":
+            raise ValueError(
+                f"numerics={self.numerics!r} is a profile of the CPU: on device={self.device!r} use 'bfloat16' or "
+                "'float32'"
+            )
 
     def _check_ranges(self) -> None:
         for name in ("num_threads", "block_size", "max_num_seqs", "max_num_batched_tokens"):
@@ -79,9 +97,18 @@ class EngineConfig:
             )
 
     @property
+    def device_name(self) -> Literal["cpu", "cuda", "interpreter"]:
+        """The device in force, as this process sees the machine."""
+        if self.device != "auto":
+            return self.device
+        return "cuda" if self.numerics != "bfloat16-dot" and _has_cuda() else "cpu"
+
+    @property
     def profile_name(self) -> str:
-        """The numerics profile in force."""
-        return "float32" if self.numerics == "auto" else self.numerics
+        """The numerics profile in force, on the device in force."""
+        if self.device_name == "cpu":
+            return "float32" if self.numerics == "auto" else self.numerics
+        return "gpu-float32" if self.numerics == "float32" else "gpu-bfloat16"
 
     def resolve_max_model_len(self, model_config: ModelConfig) -> int:
         """The longest prompt + completion, in tokens: as asked for, or all that the model can do.
@@ -104,6 +131,12 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _has_cuda() -> bool:
+    import torch  # reading a config that does not ask leaves it out
+
+    return torch.cuda.is_available()
 
 
 def reject_unknown_options(options_class: type, options: dict[str, object]) -> None:

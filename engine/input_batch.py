@@ -36,14 +36,27 @@ class InputBatch:
 class InputBuffers:
     """Room for the largest step, written in place: addresses stay, so that a recorded step can read them again."""
 
-    def __init__(self, *, max_num_rows: int, max_num_seqs: int, max_blocks_per_seq: int, block_size: int) -> None:
+    def __init__(
+        self,
+        *,
+        max_num_rows: int,
+        max_num_seqs: int,
+        max_blocks_per_seq: int,
+        block_size: int,
+        pin_memory: bool = False,
+    ) -> None:
+        """pin_memory: so that a GPU may copy from them while the host goes on."""
+
+        def zeros(shape: int | tuple[int, int], dtype: torch.dtype) -> np.ndarray:
+            return torch.zeros(shape, dtype=dtype, pin_memory=pin_memory).numpy()
+
         self.block_size = block_size
-        self.input_ids = np.zeros(max_num_rows, np.int64)
-        self.positions = np.zeros(max_num_rows, np.int64)
-        self.slot_mapping = np.zeros(max_num_rows, np.int64)
-        self.cu_seqlens_q = np.zeros(max_num_seqs + 1, np.int32)
-        self.seq_lens = np.zeros(max_num_seqs, np.int32)
-        self.block_tables = np.zeros((max_num_seqs, max_blocks_per_seq), np.int32)
+        self.input_ids = zeros(max_num_rows, torch.int64)
+        self.positions = zeros(max_num_rows, torch.int64)
+        self.slot_mapping = zeros(max_num_rows, torch.int64)
+        self.cu_seqlens_q = zeros(max_num_seqs + 1, torch.int32)
+        self.seq_lens = zeros(max_num_seqs, torch.int32)
+        self.block_tables = zeros((max_num_seqs, max_blocks_per_seq), torch.int32)
         self._table_rows: list[list[int]] = [[] for _ in range(max_num_seqs)]  # what block_tables holds
 
     def pack(self, plan: SchedulerOutput) -> InputBatch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -15,6 +15,7 @@ from engine.memory import resolve_num_blocks
 from engine.model import NamedTensors
 from engine.model_config import ModelConfig
 from engine.model_runner import ModelRunner
+from engine.ops import Ops, make_ops
 from engine.outputs import Completion, EngineStats, StepOutput, WeightUpdate
 from engine.prompts import as_prompts, derive_seed, per_prompt_params
 from engine.request import Request
@@ -39,17 +40,29 @@ class LLMEngine:
         kernel_fingerprint: what fixes the bits; equal on engine and trainer, or they are not in lockstep.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        make_weights: Callable[[Mapping[str, tuple[int, ...]]], NamedTensors] | None = None,
+        ops: Ops | None = None,
+    ) -> None:
+        """make_weights: gives weights for their shapes by name, instead of those in the model's directory, which then
+        needs no more than a config.json. ops: instead of those of device and profile, to compare with them.
+        """
         kernels.set_num_threads(config.num_threads)
-        self.kernel_fingerprint: str = kernels.fingerprint(config.profile_name)
+        if ops is None:
+            ops = make_ops(config.profile_name, "cuda" if config.device_name == "cuda" else "cpu")
+        self.kernel_fingerprint: str = ops.fingerprint()
         directory = resolve_model(config.model)
         self.model_config = ModelConfig.from_directory(directory)
         self.tokenizer = load_tokenizer(directory)
         self.max_model_len = config.resolve_max_model_len(self.model_config)
-        num_blocks = resolve_num_blocks(config, self.model_config, self.max_model_len)
-        self.config = replace(config, max_model_len=self.max_model_len)
-        self.model_runner = ModelRunner(self.model_config, self.config, num_blocks)
-        self.weights_checksum = self.model_runner.load_weights(iter_weights(directory), policy_version=0)
+        num_blocks = resolve_num_blocks(config, self.model_config, self.max_model_len, ops)
+        self.config = replace(config, max_model_len=self.max_model_len, device=config.device_name)
+        self.model_runner = ModelRunner(self.model_config, self.config, num_blocks, ops)
+        weights = iter_weights(directory) if make_weights is None else make_weights(self.weight_shapes())
+        self.weights_checksum = self.model_runner.load_weights(weights, policy_version=0)
         block_pool = BlockPool(num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(self.config, block_pool, self.weights_checksum)
         self._num_calls = 0

@@ -1,8 +1,9 @@
 """The one Transformer: engine and trainer call the same forward, which does not know who calls it.
 
-Weights lie in packed storage whose addresses never change. A Hugging Face tensor is a range of rows of a packed matrix
-(q, k and v are rows of one; so are gate and up) or of a vector. A trainer's model has float32 masters beside the packed
-storage, to which gradients flow; `repack` brings the packed storage up to date with them.
+What it computes with are the `Ops` of its device. Weights lie in packed storage whose addresses never change. A Hugging
+Face tensor is a range of rows of a packed matrix (q, k and v are rows of one; so are gate and up) or of a vector. A
+trainer's model has float32 masters beside the packed storage, to which gradients flow; `repack` brings the packed
+storage up to date with them.
 """
 
 from __future__ import annotations
@@ -15,14 +16,10 @@ from torch import nn
 
 from engine.attention import Attention
 from engine.model_config import ModelConfig
-from kernels.activation import silu_and_mul
+from engine.ops import Ops, make_ops
 from kernels.attention import check_attention_shape
 from kernels.checksum import combine_digests, digest_and_scan
-from kernels.linear import embedding, linear, pack_rows, packed_shape, unpack_rows
-from kernels.profiles import Profile, get_profile
-from kernels.rms_norm import add_rms_norm, head_norms, rms_norm
-from kernels.rotary import rotary, rotary_table
-from kernels.storage import empty_storage
+from kernels.rotary import rotary_table
 
 NamedTensors = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
 
@@ -33,25 +30,34 @@ class PackedLinear(nn.Module):
     """A matrix [N, K] in packed storage; with a master where it is trained and a bias where the model has one."""
 
     def __init__(
-        self, num_outputs: int, num_inputs: int, profile: Profile, *, has_bias: bool = False, with_master: bool
+        self,
+        num_outputs: int,
+        num_inputs: int,
+        ops: Ops,
+        *,
+        has_bias: bool = False,
+        with_master: bool,
+        into_residual: bool = False,
     ) -> None:
         super().__init__()
-        self.num_outputs, self.num_inputs, self.is_dot = num_outputs, num_inputs, profile.is_dot
-        shape = packed_shape(num_outputs, num_inputs, profile.weight_dtype)
-        self.register_buffer("packed", empty_storage(*shape, dtype=profile.weight_dtype).zero_(), persistent=False)
-        self.master = nn.Parameter(torch.empty(num_outputs, num_inputs)) if with_master else None
-        self.bias = nn.Parameter(torch.zeros(num_outputs), requires_grad=with_master) if has_bias else None
+        self.num_outputs, self.num_inputs, self.is_dot = num_outputs, num_inputs, ops.profile.is_dot
+        self.ops, self.into_residual = ops, into_residual
+        self.register_buffer("packed", ops.new_matrix(num_outputs, num_inputs), persistent=False)
+        shape, device = (num_outputs, num_inputs), ops.device
+        self.master = nn.Parameter(torch.empty(shape, device=device)) if with_master else None
+        bias = torch.zeros(num_outputs, device=device) if has_bias else None
+        self.bias = nn.Parameter(bias, requires_grad=with_master) if has_bias else None
 
     def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return linear(x_TK, self.packed, self.num_outputs, self.bias, self.master, self.is_dot)
+        return self.ops.linear(x_TK, self.packed, self.num_outputs, self.bias, self.master, self.into_residual)
 
     def embed(self, ids_T: torch.Tensor) -> torch.Tensor:
         """Rows of the matrix, [T, K]."""
-        return embedding(ids_T, self.packed, self.master)
+        return self.ops.embedding(ids_T, self.packed, self.master)
 
     @torch.no_grad()
     def write_rows(self, rows_NK: torch.Tensor, first_row: int) -> None:
-        pack_rows(self.packed, rows_NK, first_row)
+        self.ops.write_rows(self.packed, rows_NK, first_row)
         if self.master is not None:
             self.master[first_row : first_row + rows_NK.shape[0]].copy_(rows_NK)
 
@@ -59,45 +65,45 @@ class PackedLinear(nn.Module):
     def read_rows(self, first_row: int, num_rows: int) -> torch.Tensor:
         if self.master is not None:
             return self.master[first_row : first_row + num_rows]
-        return unpack_rows(self.packed, first_row, num_rows)
+        return self.ops.read_rows(self.packed, first_row, num_rows)
 
     @torch.no_grad()
     def repack(self) -> None:
         if self.master is not None:
-            pack_rows(self.packed, self.master)
+            self.ops.write_rows(self.packed, self.master, 0)
 
 
 class RMSNorm(nn.Module):
     """The weight and epsilon of a norm; also of the fused form that adds to the residual stream first."""
 
-    def __init__(self, width: int, eps: float, *, trainable: bool) -> None:
+    def __init__(self, width: int, eps: float, ops: Ops, *, trainable: bool) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width), requires_grad=trainable)
+        self.eps, self.ops = eps, ops
+        self.weight = nn.Parameter(torch.ones(width, device=ops.device), requires_grad=trainable)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x_TD, self.weight, self.eps)
+        return self.ops.rms_norm(x_TD, self.weight, self.eps)
 
     def add(self, x_TD: torch.Tensor, delta_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(x + delta, its norm)."""
-        return add_rms_norm(x_TD, delta_TD, self.weight, self.eps)
+        return self.ops.add_rms_norm(x_TD, delta_TD, self.weight, self.eps)
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, profile: Profile, *, with_masters: bool) -> None:
+    def __init__(self, config: ModelConfig, layer: int, ops: Ops, *, with_masters: bool) -> None:
         super().__init__()
-        self.layer, self.config = layer, config
+        self.layer, self.config, self.ops = layer, config, ops
         num_qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self.qkv = PackedLinear(
-            num_qkv, config.hidden_size, profile, has_bias=config.attention_bias, with_master=with_masters
+            num_qkv, config.hidden_size, ops, has_bias=config.attention_bias, with_master=with_masters
         )
         self.output = PackedLinear(
-            config.hidden_size, config.num_heads * config.head_dim, profile,
-            has_bias=config.attention_output_bias, with_master=with_masters,
+            config.hidden_size, config.num_heads * config.head_dim, ops,
+            has_bias=config.attention_output_bias, with_master=with_masters, into_residual=True,
         )  # fmt: skip
         if config.has_qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, trainable=with_masters)
-            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, trainable=with_masters)
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops, trainable=with_masters)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops, trainable=with_masters)
 
     def forward(
         self, x_TD: torch.Tensor, positions: torch.Tensor, table: torch.Tensor, attention: Attention
@@ -105,30 +111,30 @@ class SelfAttention(nn.Module):
         N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         qkv_TXH = self.qkv(x_TD).view(-1, N + 2 * K, H)
         qk_TXH, v_TKH = qkv_TXH[:, : N + K], qkv_TXH[:, N + K :]
-        if self.config.has_qk_norm:
-            qk_TXH = head_norms(qk_TXH, self.q_norm.weight, self.k_norm.weight, N, self.config.rms_norm_eps)
-        qk_TXH = rotary(qk_TXH, positions, table)
+        norms = (self.q_norm.weight, self.k_norm.weight) if self.config.has_qk_norm else None
+        qk_TXH = self.ops.rotary(qk_TXH, positions, table, norms, N, self.config.rms_norm_eps)
         out_TNH = attention(self.layer, qk_TXH[:, :N], qk_TXH[:, N:], v_TKH, self.config.window_of(self.layer))
         return self.output(out_TNH.view(-1, N * H))
 
 
 class FeedForward(nn.Module):
-    def __init__(self, config: ModelConfig, profile: Profile, *, with_masters: bool) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops, *, with_masters: bool) -> None:
         super().__init__()
-        self.gate_up = PackedLinear(2 * config.intermediate_size, config.hidden_size, profile, with_master=with_masters)
-        self.down = PackedLinear(config.hidden_size, config.intermediate_size, profile, with_master=with_masters)
+        self.ops, (D, F) = ops, (config.hidden_size, config.intermediate_size)
+        self.gate_up = PackedLinear(2 * F, D, ops, with_master=with_masters)
+        self.down = PackedLinear(D, F, ops, with_master=with_masters, into_residual=True)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return self.down(silu_and_mul(self.gate_up(x_TD)))
+        return self.down(self.ops.silu_and_mul(self.gate_up(x_TD)))
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, profile: Profile, *, with_masters: bool) -> None:
+    def __init__(self, config: ModelConfig, layer: int, ops: Ops, *, with_masters: bool) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, trainable=with_masters)
-        self.attention = SelfAttention(config, layer, profile, with_masters=with_masters)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, trainable=with_masters)
-        self.feed_forward = FeedForward(config, profile, with_masters=with_masters)
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops, trainable=with_masters)
+        self.attention = SelfAttention(config, layer, ops, with_masters=with_masters)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops, trainable=with_masters)
+        self.feed_forward = FeedForward(config, ops, with_masters=with_masters)
 
     def forward(
         self,
@@ -174,26 +180,29 @@ class Transformer(nn.Module):
 
     numerics: name of the profile, which fixes the type of the packed matrices and how products with them are summed.
     with_masters: float32 parameters [N, K] beside the packed storage, for a trainer; without, nothing takes gradients.
+    ops: those to use, instead of the profile's own on the CPU.
     Raises ValueError for sizes that the kernels do not take.
     """
 
-    def __init__(self, config: ModelConfig, numerics: str = "float32", *, with_masters: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, numerics: str = "float32", *, with_masters: bool = False, ops: Ops | None = None
+    ) -> None:
         super().__init__()
         check_attention_shape(config.head_dim, block_size=16)
-        self.config, self.profile = config, get_profile(numerics)
-        profile = self.profile
-        self.embedding = PackedLinear(config.vocab_size, config.hidden_size, profile, with_master=with_masters)
+        ops = make_ops(numerics) if ops is None else ops
+        self.config, self.ops, self.profile = config, ops, ops.profile
+        self.embedding = PackedLinear(config.vocab_size, config.hidden_size, ops, with_master=with_masters)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, profile, with_masters=with_masters) for layer in range(config.num_layers)
+            DecoderLayer(config, layer, ops, with_masters=with_masters) for layer in range(config.num_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, trainable=with_masters)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops, trainable=with_masters)
         self.lm_head = (
             self.embedding
             if config.tie_word_embeddings
-            else PackedLinear(config.vocab_size, config.hidden_size, profile, with_master=with_masters)
+            else PackedLinear(config.vocab_size, config.hidden_size, ops, with_master=with_masters)
         )
         table = rotary_table(config.max_position_embeddings, config.head_dim, config.rope_theta)
-        self.register_buffer("rotary_table", table, persistent=False)
+        self.register_buffer("rotary_table", table.to(ops.device), persistent=False)
         self._slots = dict(_weight_slots(self))
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, attention: Attention) -> torch.Tensor:
@@ -229,7 +238,7 @@ class Transformer(nn.Module):
         checksum = self._verify(staged, digests or {})
         for name, tensor in staged.items():
             if name in self._slots:
-                self._slots[name].write(_as_float32(tensor))
+                self._slots[name].write(tensor.detach())
         return checksum
 
     def repack(self) -> None:

@@ -7,42 +7,34 @@ from collections.abc import Mapping
 import torch
 
 from engine.attention import PagedAttention
+from engine.captured_steps import CapturedSteps
 from engine.config import EngineConfig
+from engine.device_inputs import DeviceInputs
 from engine.input_batch import InputBatch, InputBuffers
 from engine.model import NamedTensors, Transformer
 from engine.model_config import ModelConfig
+from engine.ops import Ops
 from engine.recorded_steps import RecordedSteps
 from engine.sampler import Sampler
 from engine.step_plan import ModelRunnerOutput, SchedulerOutput
-from kernels.attention import check_attention_shape, copy_blocks
-from kernels.storage import empty_storage
+from kernels.profiles import GPU_PROFILES
 
 
 class ModelRunner:
-    """Executes steps on the CPU. Storage of weights and KV is allocated once and never moves."""
+    """Executes steps. Storage of weights and KV is allocated once and never moves."""
 
-    def __init__(self, config: ModelConfig, engine_config: EngineConfig, num_blocks: int) -> None:
+    def __init__(self, config: ModelConfig, engine_config: EngineConfig, num_blocks: int, ops: Ops) -> None:
         """engine_config: with max_model_len resolved."""
         block_size = engine_config.block_size
-        check_attention_shape(config.head_dim, block_size)
-        self.config = config
-        self.model = Transformer(config, engine_config.profile_name)
+        self.config, self.ops = config, ops
+        self.model = Transformer(config, ops=ops)
         self.sampler = Sampler(self.model.lm_head)
         self.policy_version = 0
-        self.input_buffers = InputBuffers(
-            max_num_rows=engine_config.max_num_batched_tokens,
-            max_num_seqs=engine_config.max_num_seqs,
-            max_blocks_per_seq=-(-engine_config.max_model_len // block_size),
-            block_size=block_size,
+        self.input_buffers = _input_buffers(engine_config, ops)
+        self.steps = _repeated_steps(engine_config, ops)
+        self.kv_storage, self.key_blocks, self.value_blocks = ops.new_blocks(
+            config.num_layers, num_blocks, config.num_kv_heads, config.head_dim, block_size
         )
-        self.recorded_steps = RecordedSteps()
-        # Keys, then values: [2, L, P, K * H * S]. Unwritten pages of it cost no memory.
-        kv_dtype = self.model.profile.kv_dtype
-        width = config.num_kv_heads * config.head_dim * block_size
-        self.kv_storage = empty_storage(2, config.num_layers, num_blocks, width, dtype=kv_dtype)
-        shape = (config.num_layers, num_blocks, config.num_kv_heads, config.head_dim, block_size)
-        self.key_blocks = self.kv_storage[0].view(shape)
-        self.value_blocks = self.kv_storage[1].view(*shape[:3], block_size, config.head_dim)
 
     def load_weights(
         self, named_tensors: NamedTensors, policy_version: int, digests: Mapping[str, bytes] | None = None
@@ -58,8 +50,8 @@ class ModelRunner:
         version = self.policy_version
         if plan.is_empty:
             return ModelRunnerOutput(token_ids=[], logprobs=[], policy_version=version)
-        copy_blocks(self.kv_storage.flatten(0, 1), plan.block_copies)
         batch = self.input_buffers.pack(plan)
+        self.ops.copy_blocks(self.kv_storage, plan.block_copies)
         hidden_TD = self._hidden_states(batch)
         token_ids, logprobs, details = self.sampler(hidden_TD, batch.sampling)
         return ModelRunnerOutput(token_ids=token_ids, logprobs=logprobs, policy_version=version, details=details)
@@ -68,10 +60,13 @@ class ModelRunner:
         def forward() -> torch.Tensor:
             return self.model(batch.input_ids, batch.positions, self._attention(batch))
 
-        return self.recorded_steps.run(batch.num_rows, forward) if batch.has_one_row_each else forward()
+        if self.steps is None or not batch.has_one_row_each:
+            return forward()
+        return self.steps.run(batch.num_rows, forward)
 
     def _attention(self, batch: InputBatch) -> PagedAttention:
         return PagedAttention(
+            ops=self.ops,
             key_blocks=self.key_blocks,
             value_blocks=self.value_blocks,
             block_tables=batch.block_tables,
@@ -80,3 +75,27 @@ class ModelRunner:
             slot_mapping=batch.slot_mapping,
             scale=self.config.head_dim**-0.5,
         )
+
+
+def _input_buffers(config: EngineConfig, ops: Ops) -> InputBuffers | DeviceInputs:
+    sizes = {
+        "max_num_rows": config.max_num_batched_tokens,
+        "max_num_seqs": config.max_num_seqs,
+        "max_blocks_per_seq": -(-config.max_model_len // config.block_size),
+        "block_size": config.block_size,
+    }
+    return DeviceInputs(ops.device, **sizes) if _is_gpu(ops) else InputBuffers(**sizes)
+
+
+def _repeated_steps(config: EngineConfig, ops: Ops) -> RecordedSteps | CapturedSteps | None:
+    """What runs a decode step again without Python; None where every step is computed op by op."""
+    if config.enforce_eager:
+        return None
+    if _is_gpu(ops):
+        return CapturedSteps() if ops.device.type == "cuda" else None
+    return RecordedSteps()
+
+
+def _is_gpu(ops: Ops) -> bool:
+    """Whether the kernels are the GPU's, though the interpreter may run them."""
+    return ops.profile.name in GPU_PROFILES

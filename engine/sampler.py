@@ -10,8 +10,6 @@ from engine.logits_batch import LogitsBatch
 from engine.model import PackedLinear
 from engine.outputs import TokenDetail
 from engine.sampling_batch import SamplingBatch
-from kernels.linear import linear
-from kernels.logprobs import sample
 from kernels.truncated import truncated_sample
 
 
@@ -50,20 +48,17 @@ class Sampler:
             return [], []
         if batch.rows.numel() < hidden_TD.shape[0]:
             hidden_TD = hidden_TD.index_select(0, batch.rows)
-        row, seed, position, index, is_greedy = batch.draws
-        token_ids, logprobs = sample(
-            hidden_TD, self.lm_head.packed, self.lm_head.num_outputs, batch.temperature, row, seed, position, index,
-            is_greedy.to(torch.uint8), self.lm_head.is_dot,
-        )  # fmt: skip
+        head = self.lm_head
+        token_ids, logprobs = head.ops.sample(hidden_TD, head.packed, head.num_outputs, batch.temperature, batch.draws)
         return token_ids.tolist(), logprobs.tolist()
 
     def _draw_from_logits(
         self, hidden_TD: torch.Tensor, batch: LogitsBatch
     ) -> Iterator[tuple[int, float, TokenDetail]]:
         """(token id, log-probability, detail) of each sample of the batch."""
-        head, rows_RD = self.lm_head, hidden_TD.index_select(0, batch.rows)
-        logits_RV = linear(rows_RD, head.packed, head.num_outputs, is_dot=head.is_dot)
-        result = truncated_sample(logits_RV, batch.draws, batch.options, max(batch.num_top))
+        head, rows_RD = self.lm_head, hidden_TD.index_select(0, batch.rows.to(hidden_TD.device))
+        logits_RV = head.ops.linear(rows_RD, head.packed, head.num_outputs, into_residual=True)
+        result = truncated_sample(logits_RV.cpu(), batch.draws, batch.options, max(batch.num_top))
         columns = (result.token_ids, result.logprobs, result.raw_logprobs, result.kept_mass)
         listed = (result.top_ids, result.top_logprobs)
         rows = zip(batch.num_top, *(column.tolist() for column in (*columns, *listed)), strict=True)

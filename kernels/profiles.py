@@ -26,9 +26,17 @@ PROFILES = {
     )
 }
 
+GPU_PROFILES = {  # what they round where is in docs/numerics.md, "GPU profile"
+    profile.name: profile
+    for profile in (
+        Profile(name="gpu-float32", weight_dtype=torch.float32, kv_dtype=torch.float32, is_dot=False),
+        Profile(name="gpu-bfloat16", weight_dtype=torch.bfloat16, kv_dtype=torch.bfloat16, is_dot=False),
+    )
+}
+
 
 def get_profile(name: str) -> Profile:
-    """The profile of a name; ValueError names those that exist."""
+    """The CPU profile of a name; ValueError names those that exist."""
     if name not in PROFILES:
         raise ValueError(f"profile={name!r} must be one of: {', '.join(PROFILES)}")
     return PROFILES[name]

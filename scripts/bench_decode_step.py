@@ -136,7 +136,7 @@ def step_seconds(engine: LLMEngine, num_steps: int) -> list[float]:
 
 def parts_seconds(engine: LLMEngine, num_rows: int) -> tuple[float, float]:
     """What the linear layers and attention of the recorded step take, each run again by themselves."""
-    recording = engine.model_runner.recorded_steps.recording(num_rows)
+    recording = engine.model_runner.steps.recording(num_rows)
     assert recording is not None, "the step was not recorded"
     return best(recording.only("ls_linear", "ls_round_rows")), best(recording.only("ls_attention", "ls_kv_store"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 if TYPE_CHECKING:
     from exactness_checks import Setting
+
+# The extra `test` of pyproject.toml asks for triton on these machines; there its absence is a failure.
+if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+    collect_ignore = ["test_gpu_engine.py"]
 
 PROFILES = ("float32", "bfloat16", "bfloat16-dot")
 TINY_SETTINGS = [pytest.param(("tiny", profile), id=f"tiny-{profile}") for profile in PROFILES]

@@ -41,7 +41,7 @@ def test_an_engine_on_torchs_linear_would_not_pass(tiny_setting: Setting, monkey
         x = x.bfloat16().float() if is_dot else x
         return torch.nn.functional.linear(x, unpack_rows(packed, 0, num_outputs), bias)
 
-    monkeypatch.setattr("engine.model.linear", torchs_linear)
+    monkeypatch.setattr("engine.cpu_ops.linear", torchs_linear)
     monkeypatch.setattr(RecordedSteps, "run", lambda self, num_rows, forward: forward())  # it would refuse torch's
     by_itself = run_one(make_engine(tiny_setting), prompt_of(0))
     batched = run(make_engine(tiny_setting), {**random_mates(15, seed=15), "needle": (prompt_of(0), NEEDLE)})["needle"]

@@ -181,8 +181,8 @@ def torchs_logprobs(hidden, packed, vocab_size, target_ids, temperature, master,
 @pytest.mark.parametrize(
     ("ours", "torchs"),
     [
-        ("engine.model.linear", torchs_linear),
-        ("engine.attention.packed_attention", torchs_attention),
+        ("engine.cpu_ops.linear", torchs_linear),
+        ("engine.cpu_ops.CPUOps.packed_attention", torchs_attention),
         ("exactness_checks.token_logprobs", torchs_logprobs),
     ],
     ids=["linear", "attention", "log-softmax"],
@@ -194,7 +194,7 @@ def test_the_comparison_notices_an_operation_of_torchs_own(
     model = load_trainer_model(tiny_setting)
     same = trainer_logprobs(model, prompt_of(9), decoded, temperature=1.0)
     assert float_bits(same) == float_bits(decoded.logprobs)
-    monkeypatch.setattr(ours, torchs)
+    monkeypatch.setattr(ours, staticmethod(torchs) if "CPUOps" in ours else torchs)
     swapped = trainer_logprobs(model, prompt_of(9), decoded, temperature=1.0)
     assert float_bits(swapped) != float_bits(decoded.logprobs)
     # A key that rounds the other way is off by 2^-8: where keys are bfloat16, the first difference grows.
@@ -247,7 +247,7 @@ def test_arithmetic_of_torchs_is_noticed(tiny_setting: Setting, monkeypatch: pyt
     model = load_trainer_model(tiny_setting)
     decoded = run_one(make_engine(tiny_setting), prompt_of(9))
     for ours, torchs, name in (
-        ("engine.model.linear", torchs_linear, "mm"),
+        ("engine.cpu_ops.linear", torchs_linear, "mm"),
         ("exactness_checks.token_logprobs", torchs_logprobs, "_log_softmax"),
     ):
         with monkeypatch.context() as patch, ArithmeticOfTorchs() as noticed:

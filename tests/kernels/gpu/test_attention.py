@@ -67,27 +67,26 @@ def expected(case: Case, sequence: int, first: int, end: int, window: int = 0) -
 
 
 @pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "head_dim", "block_size"),
-    [(3, 1, 16, 16), (4, 4, 64, 32), (6, 2, 80, 16), (8, 2, 96, 48)],
+    ("num_heads", "num_kv_heads", "head_dim", "block_size", "window"),
+    [(3, 1, 16, 16, 0), (3, 1, 16, 16, 37), (2, 2, 64, 32, 37), (3, 1, 80, 16, 0), (4, 1, 96, 48, 37)],
 )
-@pytest.mark.parametrize("window", [0, 37])
 def test_prefill_is_near_the_reference(num_heads, num_kv_heads, head_dim, block_size, window):
-    case = make_case([50, 1, 70], num_heads, num_kv_heads, head_dim, block_size=block_size, seed=1)
+    case = make_case([30, 1, 70], num_heads, num_kv_heads, head_dim, block_size=block_size, seed=1)
     rows = [(at, 0, q.shape[0]) for at, q in enumerate(case.q)]
     for at, out in enumerate(attend(case, rows, window)):
         assert_near(out, expected(case, at, *rows[at][1:], window), 5e-6)
 
 
 def test_bfloat16_is_near_the_reference():
-    case = make_case([90], 4, 2, 32, dtype=torch.bfloat16, seed=2)
-    (out,) = attend(case, [(0, 0, 90)])
+    case = make_case([70], 2, 1, 32, dtype=torch.bfloat16, seed=2)
+    (out,) = attend(case, [(0, 0, 70)])
     assert out.dtype is torch.bfloat16
-    assert_near(out, expected(case, 0, 0, 90), 1e-2)
+    assert_near(out, expected(case, 0, 0, 70), 1e-2)
 
 
 @pytest.mark.parametrize("window", [0, 300])
 def test_merged_chunks_equal_the_loop_over_chunks(window):
-    case = make_case([516, 5], 4, 2, 16, seed=3)
+    case = make_case([516, 5], 2, 1, 16, seed=3)
     rows = [(0, 514, 516), (1, 0, 2), (0, 255, 258), (0, 512, 513)]
     looped = attend(case, rows, window, run=whole_attention)
     merged = attend(case, rows, window, run=split_attention)
@@ -96,11 +95,11 @@ def test_merged_chunks_equal_the_loop_over_chunks(window):
         assert_near(one, expected(case, sequence, first, end, window), 5e-6)
 
 
-@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("window", [pytest.param(0, marks=pytest.mark.slow), 40])
 def test_cuts_and_neighbours_do_not_show(window):
     case = make_case([300, 60], 3, 1, 16, seed=4)
     (whole,) = attend(case, [(0, 0, 300)], window, run=whole_attention)
-    cuts = [0, 1, 130, 257, 300]
+    cuts = [0, 1, 257, 300]
     for first, end in itertools.pairwise(cuts):
         part = attend(case, [(1, 40, 60), (0, first, end), (1, 3, 4)], window, run=whole_attention)[1]
         assert_same_bits(part, whole[first:end])

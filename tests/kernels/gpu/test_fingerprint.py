@@ -9,9 +9,18 @@ from kernels.gpu.fingerprint import fingerprint, self_test, source_digest
 from kernels.gpu.tiles import table_digest
 
 
-def test_a_device_has_one_fingerprint_per_type():
-    assert fingerprint(DEVICE) == fingerprint.__wrapped__(DEVICE)  # the second runs the self-test again
-    assert fingerprint(DEVICE) != fingerprint(DEVICE, torch.float32)
+@pytest.mark.slow
+def test_a_device_has_one_fingerprint():
+    again = fingerprint.__wrapped__(DEVICE, torch.bfloat16)  # runs the self-test again
+    assert fingerprint(DEVICE, torch.bfloat16) == again
+
+
+@pytest.mark.parametrize(("dtype", "outputs"), [(torch.float32, "a"), (torch.bfloat16, "b")])
+def test_types_and_what_the_self_test_computes_are_part_of_it(monkeypatch, dtype, outputs):
+    monkeypatch.setattr(fingerprint_module, "self_test", lambda device, dtype: "a")
+    before = fingerprint.__wrapped__(DEVICE, torch.bfloat16)
+    monkeypatch.setattr(fingerprint_module, "self_test", lambda device, dtype: outputs)
+    assert fingerprint.__wrapped__(DEVICE, dtype) != before
 
 
 def test_a_kernel_that_depends_on_the_batch_is_refused(monkeypatch):
