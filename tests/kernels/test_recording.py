@@ -93,13 +93,14 @@ def test_recordings_of_one_arena_take_turns() -> None:
 
 @torch.inference_mode()
 def test_what_torch_computes_is_refused_by_name() -> None:
-    x, weight = spread(3, WIDTH, seed=5), torch.ones(WIDTH)
+    x, weight, narrow = spread(3, WIDTH, seed=5), torch.ones(WIDTH), torch.ones(3)
+    head, temperature = pack(torch.ones(70, WIDTH)), torch.ones(3)
     with pytest.raises(RuntimeError, match=r"cannot repeat aten\.mul"):
         record(lambda: rms_norm(x * 2, weight, 1e-5), Arena())
     with pytest.raises(RuntimeError, match=r"cannot repeat aten\.clone"):
-        record(lambda: rms_norm(x.T.contiguous(), torch.ones(3), 1e-5), Arena())
+        record(lambda: rms_norm(x.T.contiguous(), narrow, 1e-5), Arena())
     with pytest.raises(RuntimeError, match="cannot repeat ls_vocab_stats: only"):
-        record(lambda: vocab_stats(x, pack(torch.ones(70, WIDTH)), 70, torch.ones(3))[0], Arena())
+        record(lambda: vocab_stats(x, head, 70, temperature)[0], Arena())
 
 
 @torch.inference_mode()
