@@ -101,8 +101,16 @@ class _Watch(TorchDispatchMode):
         if function is torch.ops.aten.new_empty.default:
             return self.arena.empty(args[1], kwargs.get("dtype") or args[0].dtype)
         if function.is_view or function is torch.ops.aten.detach.default:
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            if _share_memory(args[0], result):  # `contiguous` and its like may be views, and may copy
+                return result
         raise RuntimeError(f"a recording cannot repeat {function}: only kernel calls, new tensors and views")
+
+
+def _share_memory(tensor: torch.Tensor, result: torch.Tensor | Sequence[torch.Tensor]) -> bool:
+    parts = [result] if isinstance(result, torch.Tensor) else result
+    address = tensor.untyped_storage().data_ptr()
+    return all(part.untyped_storage().data_ptr() == address for part in parts)
 
 
 class _Call(ctypes.Structure):
