@@ -20,7 +20,7 @@ from kernels.logprobs import sample, token_logprobs
 from kernels.profiles import Profile
 from kernels.rms_norm import add_rms_norm, head_norms, rms_norm
 from kernels.rotary import rotary
-from kernels.storage import empty_storage
+from kernels.storage import HugePages, empty_storage
 
 
 class CPUOps:
@@ -39,13 +39,14 @@ class CPUOps:
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
+        self._pages = HugePages()
 
     def fingerprint(self) -> str:
         return kernels.fingerprint(self.profile.name)
 
     def new_matrix(self, num_outputs: int, num_inputs: int) -> torch.Tensor:
         dtype = self.profile.weight_dtype
-        return empty_storage(*packed_shape(num_outputs, num_inputs, dtype), dtype=dtype).zero_()
+        return self._pages.empty(*packed_shape(num_outputs, num_inputs, dtype), dtype=dtype).zero_()
 
     def write_rows(self, matrix: torch.Tensor, rows_NK: torch.Tensor, first_row: int) -> None:
         pack_rows(matrix, rows_NK.to(device="cpu", dtype=torch.float32), first_row)

@@ -13,6 +13,8 @@ import torch
 
 PANEL = 64  # rows of a weight that are packed side by side
 HUGE_PAGE = 2 * 2**20
+SHARED_BYTES = 16 * HUGE_PAGE
+CACHE_LINE = 64
 _MADV_HUGEPAGE = 14  # Linux; other systems have no such advice and go without
 
 
@@ -25,6 +27,24 @@ def empty_storage(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tens
     first = -room.data_ptr() % HUGE_PAGE
     _advise(room.data_ptr() + first, num_bytes)
     return room[first : first + num_bytes].view(dtype).view(shape)
+
+
+class HugePages:
+    """Room for many tensors that are read together, on huge pages shared among them: the weights of a model.
+
+    Every tensor keeps the memory that it shares alive.
+    """
+
+    def __init__(self) -> None:
+        self._room = torch.empty(0, dtype=torch.uint8)
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """An uninitialised, contiguous tensor."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if num_bytes > len(self._room):
+            self._room = empty_storage(max(num_bytes, SHARED_BYTES), dtype=torch.uint8)
+        taken, self._room = self._room[:num_bytes], self._room[-(-num_bytes // CACHE_LINE) * CACHE_LINE :]
+        return taken.view(dtype).view(shape)
 
 
 def _advise(address: int, num_bytes: int) -> None:

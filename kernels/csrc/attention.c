@@ -16,7 +16,6 @@
 #define LS_TASK_TILES 16
 #define LS_MAX_HEAD 256
 #define LS_SCORE_STRIDE (LS_CHUNK + 16) /* no multiple of 1 KiB, which would put all rows into few sets of the cache */
-#define LS_SECOND_CACHE 2    /* __builtin_prefetch's locality for it */
 #define LS_AHEAD 2           /* groups of 16 keys, or their values, that are asked for ahead of use in decode */
 #define LS_SHARES 4          /* tasks for each thread below which contexts are split */
 #define LS_VALUE_BYTES 16384 /* values that stay in the first cache while all tiles take them */

@@ -1,38 +1,33 @@
 /* Linear layers over packed weights, packing and unpacking, embedding rows. */
-#include "panel.h"
 #include "ops.h"
 #include "pool.h"
+#include "sharing.h"
 #include "transpose.h"
 
 #define LS_ROUND_TASK 16384 /* elements rounded at once: below it a second thread costs more than it saves */
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Rows are dealt out in chunks of whole register tiles, small enough that every thread finds work. */
-static int64_t rows_per_chunk(int64_t num_rows, int64_t num_panels) {
-    int64_t row_tiles = (num_rows + LS_TILE_ROWS - 1) / LS_TILE_ROWS;
-    int64_t chunks = (8 * ls_get_num_threads() + num_panels - 1) / num_panels;
-    int64_t tiles = row_tiles / smaller(chunks, row_tiles);
-    return LS_TILE_ROWS * smaller(tiles, 16);
-}
-
 typedef struct {
     const void *x;
     const float *addend;
     float *y;
-    ls_weight weight;
-    int64_t M, N, ldx, lda, ldy, chunk_rows, num_chunks;
+    ls_weight weight, next;
+    int64_t N, ldx, lda, ldy;
+    ls_sharing sharing;
 } linear_job;
 
-static void linear_tile(void *argument, int64_t tile) {
+static void linear_tile(void *argument, int64_t index) {
     const linear_job *j = argument;
-    int64_t p = tile / j->num_chunks, begin = (tile % j->num_chunks) * j->chunk_rows;
-    int64_t end = smaller(begin + j->chunk_rows, j->M), column = p * LS_PANEL;
+    ls_task task = ls_task_at(&j->sharing, index);
+    const char *next = ls_next_panel(&j->sharing, &j->weight, &j->next, index, task.panel);
+    int64_t column = task.panel * LS_PANEL, num_passes = (task.end - task.begin + LS_TILE_ROWS - 1) / LS_TILE_ROWS;
     int width = (int)smaller(LS_PANEL, j->N - column);
     float out[LS_TILE_ROWS * LS_PANEL];
-    for (int64_t m = begin; m < end; m += LS_TILE_ROWS) {
-        int rows = (int)smaller(LS_TILE_ROWS, end - m);
-        ls_panel_product(rows, ls_row(j->x, j->ldx, m, j->weight.arithmetic), j->ldx, &j->weight, p, out);
+    for (int64_t pass = 0, m = task.begin; m < task.end; pass++, m += LS_TILE_ROWS) {
+        int rows = (int)smaller(LS_TILE_ROWS, task.end - m);
+        ls_ahead ahead = ls_part_ahead(&j->weight, next, pass, num_passes);
+        ls_panel_product(rows, ls_row(j->x, j->ldx, m, j->weight.arithmetic), j->ldx, &j->weight, task.panel, ahead, out);
         for (int r = 0; r < rows; r++) {
             float *y = j->y + (m + r) * j->ldy + column;
             const float *o = out + r * LS_PANEL;
@@ -44,15 +39,21 @@ static void linear_tile(void *argument, int64_t tile) {
     }
 }
 
+/* ls_linear when it is known that the weight `next` [.., next_K] (null: none) will be multiplied soon after. */
+void ls_linear_then(const void *x, int64_t ldx, const void *packed, int64_t arithmetic, const float *addend, int64_t lda,
+                    float *y, int64_t ldy, int64_t M, int64_t N, int64_t K, const void *next, int64_t next_K) {
+    if (M <= 0 || N <= 0) return;
+    linear_job job = {x, addend, y, ls_make_weight(packed, K, arithmetic), ls_make_weight(next, next_K, arithmetic),
+                      N, ldx, lda, ldy, {0}};
+    job.sharing = ls_share_out(&job.weight, M, N, ls_get_num_threads());
+    ls_parallel(linear_tile, &job, job.sharing.num_tasks);
+}
+
 /* y[M, N] = x[M, K] @ weight[N, K].T + addend[M, N], which may be null, y itself or, with row stride 0, a bias. Row strides
  * in elements. x is float32, or bfloat16 where the arithmetic is the dot product's. */
 void ls_linear(const void *x, int64_t ldx, const void *packed, int64_t arithmetic, const float *addend, int64_t lda,
                float *y, int64_t ldy, int64_t M, int64_t N, int64_t K) {
-    if (M <= 0 || N <= 0) return;
-    int64_t num_panels = (N + LS_PANEL - 1) / LS_PANEL, chunk = rows_per_chunk(M, num_panels);
-    linear_job job = {x, addend, y, ls_make_weight(packed, K, arithmetic), M, N, ldx, lda, ldy, chunk,
-                      (M + chunk - 1) / chunk};
-    ls_parallel(linear_tile, &job, num_panels * job.num_chunks);
+    ls_linear_then(x, ldx, packed, arithmetic, addend, lda, y, ldy, M, N, K, NULL, K);
 }
 
 typedef struct {

@@ -1,7 +1,7 @@
 /* Log-probabilities and sampling straight from hidden states: a panel of the vocabulary is reduced while it is in
  * registers, so logits are never written out. Both sides of the promise, engine and trainer, run this file. */
-#include "panel.h"
 #include "pool.h"
+#include "sharing.h"
 #include "vocabulary.h"
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -11,25 +11,28 @@ typedef struct {
     ls_weight head;
     const float *temperature;
     float *block_max, *block_sum;
-    int64_t T, V, num_blocks, chunk_rows, num_chunks;
+    int64_t V, num_blocks;
+    ls_sharing sharing;
 } stats_job;
 
 /* The logits of `rows` rows from `row` on in one block. */
-static void panel_logits(const void *x, const ls_weight *head, int64_t row, int rows, int64_t block, float *z) {
-    ls_panel_product(rows, ls_row(x, head->K, row, head->arithmetic), head->K, head, block, z);
+static void panel_logits(const void *x, const ls_weight *head, int64_t row, int rows, int64_t block, ls_ahead ahead,
+                         float *z) {
+    ls_panel_product(rows, ls_row(x, head->K, row, head->arithmetic), head->K, head, block, ahead, z);
 }
 
-static void stats_tile(void *argument, int64_t tile) {
+static void stats_tile(void *argument, int64_t index) {
     const stats_job *j = argument;
-    int64_t block = tile / j->num_chunks, begin = (tile % j->num_chunks) * j->chunk_rows;
-    int64_t end = smaller(begin + j->chunk_rows, j->T);
-    int width = (int)smaller(LS_PANEL, j->V - block * LS_PANEL);
+    ls_task task = ls_task_at(&j->sharing, index);
+    const char *next = ls_next_panel(&j->sharing, &j->head, NULL, index, task.panel);
+    int64_t num_passes = (task.end - task.begin + LS_TILE_ROWS - 1) / LS_TILE_ROWS;
+    int width = (int)smaller(LS_PANEL, j->V - task.panel * LS_PANEL);
     float z[LS_TILE_ROWS * LS_PANEL];
-    for (int64_t row = begin; row < end; row += LS_TILE_ROWS) {
-        int rows = (int)smaller(LS_TILE_ROWS, end - row);
-        panel_logits(j->x, &j->head, row, rows, block, z);
+    for (int64_t pass = 0, row = task.begin; row < task.end; pass++, row += LS_TILE_ROWS) {
+        int rows = (int)smaller(LS_TILE_ROWS, task.end - row);
+        panel_logits(j->x, &j->head, row, rows, task.panel, ls_part_ahead(&j->head, next, pass, num_passes), z);
         for (int r = 0; r < rows; r++) {
-            int64_t place = (row + r) * j->num_blocks + block;
+            int64_t place = (row + r) * j->num_blocks + task.panel;
             reduce_block(z + r * LS_PANEL, width, j->temperature[row + r], &j->block_max[place], &j->block_sum[place]);
         }
     }
@@ -39,11 +42,11 @@ static void stats_tile(void *argument, int64_t tile) {
  * where the arithmetic is the dot product's. */
 void ls_vocab_stats(const void *x, const void *packed, int64_t arithmetic, const float *temperature, float *block_max,
                     float *block_sum, int64_t T, int64_t V, int64_t D) {
-    int64_t num_blocks = (V + LS_PANEL - 1) / LS_PANEL, chunk = smaller(96, (T + 5) / 6 * 6);
     if (T <= 0) return;
-    stats_job job = {x, ls_make_weight(packed, D, arithmetic), temperature, block_max, block_sum, T, V, num_blocks,
-                     chunk, (T + chunk - 1) / chunk};
-    ls_parallel(stats_tile, &job, num_blocks * job.num_chunks);
+    ls_weight head = ls_make_weight(packed, D, arithmetic);
+    stats_job job = {x, head, temperature, block_max, block_sum, V, (V + LS_PANEL - 1) / LS_PANEL,
+                     ls_share_out(&head, T, V, ls_get_num_threads())};
+    ls_parallel(stats_tile, &job, job.sharing.num_tasks);
 }
 
 typedef struct {
@@ -62,7 +65,7 @@ typedef struct {
 /* Logits over temperature of one block for one row, as ls_vocab_stats saw them. */
 static void block_logits(const draw_job *j, int64_t row, int64_t block, float *z, float *highest) {
     float sum;
-    panel_logits(j->x, &j->head, row, 1, block, z);
+    panel_logits(j->x, &j->head, row, 1, block, (ls_ahead){NULL, 0}, z);
     reduce_block(z, (int)smaller(LS_PANEL, j->V - block * LS_PANEL), j->temperature[row], highest, &sum);
 }
 
@@ -149,9 +152,11 @@ static void gradient_tile(void *argument, int64_t block) {
     int64_t first = block * LS_PANEL;
     int width = (int)smaller(LS_PANEL, j->V - first);
     float z[LS_TILE_ROWS * LS_PANEL];
-    for (int64_t row = 0; row < j->T; row += LS_TILE_ROWS) {
+    int64_t upcoming = block + ls_get_num_threads(), num_passes = (j->T + LS_TILE_ROWS - 1) / LS_TILE_ROWS;
+    const char *next = upcoming * LS_PANEL < j->V ? ls_panel(&j->head, upcoming) : NULL;
+    for (int64_t pass = 0, row = 0; row < j->T; pass++, row += LS_TILE_ROWS) {
         int rows = (int)smaller(LS_TILE_ROWS, j->T - row);
-        panel_logits(j->x, &j->head, row, rows, block, z);
+        panel_logits(j->x, &j->head, row, rows, block, ls_part_ahead(&j->head, next, pass, num_passes), z);
         for (int r = 0; r < rows; r++) {
             float *dz = z + r * LS_PANEL;
             gradient_row(j, row + r, block, dz);

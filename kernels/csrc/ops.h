@@ -6,6 +6,8 @@ void ls_embedding(const void *packed, int64_t arithmetic, const int64_t *ids, fl
 void ls_round_rows(const float *x, int64_t ldx, uint16_t *y, int64_t ldy, int64_t num_rows, int64_t width);
 void ls_linear(const void *x, int64_t ldx, const void *packed, int64_t arithmetic, const float *addend, int64_t lda,
                float *y, int64_t ldy, int64_t M, int64_t N, int64_t K);
+void ls_linear_then(const void *x, int64_t ldx, const void *packed, int64_t arithmetic, const float *addend, int64_t lda,
+                    float *y, int64_t ldy, int64_t M, int64_t N, int64_t K, const void *next, int64_t next_K);
 void ls_rms_norm(const float *x, int64_t ldx, const float *delta, const float *weight, float *sum, float *y, int64_t ldy,
                  float *scale, int64_t num_rows, int64_t num_heads, int64_t D, float eps);
 void ls_rotary(const float *x, int64_t ldx, const int64_t *positions, const float *table, float *y, int64_t num_rows,

@@ -7,6 +7,9 @@
 #include <stdint.h>
 #include <string.h>
 
+#define LS_LINE 64        /* bytes of a line of the cache */
+#define LS_SECOND_CACHE 2 /* __builtin_prefetch's locality for it */
+
 #if defined(__AVX512F__)
 
 #include <immintrin.h>
