@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from engine.ops import Ops, make_ops
+from engine.ops import Ops
 
 if TYPE_CHECKING:
     from engine.model_config import ModelConfig
@@ -69,22 +69,14 @@ class PackedAttention:
     scale: float
 
     @classmethod
-    def from_segments(
-        cls,
-        config: ModelConfig,
-        segments: Sequence[Segment],
-        kv_dtype: torch.dtype = torch.float32,
-        ops: Ops | None = None,
-    ) -> PackedAttention:
+    def from_segments(cls, config: ModelConfig, segments: Sequence[Segment], ops: Ops) -> PackedAttention:
         """Lays out a packed batch whose rows are covered by `segments` in order, children right after their parent.
 
-        kv_dtype is that of the engine's blocks, to which keys and values are rounded. ops: of the model, if it does not
-        run on the CPU; they know that type.
+        ops: the model's, which round keys and values to the type of the engine's blocks.
 
         Raises ValueError where the segments leave a gap or a parent does not directly precede its children.
         """
         runs = [(s.start_row, s.end_row, -1 if s.parent is None else s.parent) for s in segments]
-        ops = make_ops("float32" if kv_dtype is torch.float32 else "bfloat16") if ops is None else ops
         return cls(ops=ops, plan=ops.packed_plan(runs), scale=config.head_dim**-0.5)
 
     def __call__(

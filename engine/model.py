@@ -40,7 +40,7 @@ class PackedLinear(nn.Module):
         into_residual: bool = False,
     ) -> None:
         super().__init__()
-        self.num_outputs, self.num_inputs, self.is_dot = num_outputs, num_inputs, ops.profile.is_dot
+        self.num_outputs, self.num_inputs = num_outputs, num_inputs
         self.ops, self.into_residual = ops, into_residual
         self.register_buffer("packed", ops.new_matrix(num_outputs, num_inputs), persistent=False)
         shape, device = (num_outputs, num_inputs), ops.device

@@ -148,9 +148,9 @@ def best(recording: Recording) -> float:
 def head_seconds(engine: LLMEngine, num_rows: int) -> float:
     from kernels.logprobs import vocab_stats
 
-    head = engine.model_runner.model.lm_head
+    head, is_dot = engine.model_runner.model.lm_head, engine.model_runner.ops.profile.is_dot
     hidden, temperature = torch.randn(num_rows, head.num_inputs), torch.ones(num_rows)
-    calls = call_seconds(lambda: vocab_stats(hidden, head.packed, head.num_outputs, temperature, head.is_dot), 0.3)
+    calls = call_seconds(lambda: vocab_stats(hidden, head.packed, head.num_outputs, temperature, is_dot), 0.3)
     return statistics.median(calls)
 
 

@@ -17,7 +17,6 @@ from engine.config import available_cores
 from engine.model import Transformer
 from engine.model_config import ModelConfig, read_config_dict
 from engine.tokenizer import encode, load_tokenizer
-from kernels.logprobs import token_logprobs
 from trainers.batch import PackedBatch, pack_tokens
 from trainers.losses import LossOutput
 
@@ -154,11 +153,11 @@ def load_transformer(directory: Path, numerics: str, with_masters: bool) -> Tran
 
 def packed_logprobs(model: Transformer, batch: PackedBatch) -> torch.Tensor:
     """Log-probabilities of a packed batch's targets, [C] float32; the logits of the batch never exist at once."""
-    attention = PackedAttention.from_segments(model.config, batch.segments, model.profile.kv_dtype)
+    attention = PackedAttention.from_segments(model.config, batch.segments, model.ops)
     hidden_TD = model(batch.input_ids, batch.positions, attention)
     hidden_CD, head = hidden_TD.index_select(0, batch.target_rows), model.lm_head
-    return token_logprobs(
-        hidden_CD, head.packed, head.num_outputs, batch.target_ids, batch.temperature, head.master, head.is_dot
+    return model.ops.token_logprobs(
+        hidden_CD, head.packed, head.num_outputs, batch.target_ids, batch.temperature, head.master
     )
 
 

@@ -38,6 +38,7 @@ typedef struct {
     float scale;
     int is_bf16;
     const attention_task *tasks;
+    int64_t num_tasks, num_threads;
     float *part_highest, *part_sum, *part_out; /* [chunk, row of its task], [.., H]; sum 0 where a row sees no key */
 } attention_job;
 
@@ -275,8 +276,8 @@ int ls_attention(const float *q, int64_t ldq, const void *keys, const void *valu
     attention_job job = {.q = q, .keys = keys, .values = values, .out = out, .row_max = row_max, .row_sum = row_sum,
                          .tables = tables, .starts = starts, .lengths = lengths, .ldq = ldq, .num_heads = num_heads,
                          .num_kv_heads = num_kv_heads, .H = H, .S = S, .max_blocks = max_blocks, .window = window,
-                         .scale = scale, .is_bf16 = (int)is_bf16};
-    int64_t num_shares = LS_SHARES * ls_get_num_threads(), chunks = count_chunks(starts, lengths, num_sequences);
+                         .scale = scale, .is_bf16 = (int)is_bf16, .num_threads = ls_get_num_threads()};
+    int64_t num_shares = LS_SHARES * job.num_threads, chunks = count_chunks(starts, lengths, num_sequences);
     int64_t most_heads = num_kv_heads * chunks / num_shares; /* short contexts are shared out by heads */
     int64_t num_tasks = list_tasks(&job, num_sequences, most_heads, NULL), num_rows = 0;
     attention_task *tasks = malloc((size_t)(2 * num_tasks + num_shares) * sizeof(attention_task));
@@ -288,7 +289,7 @@ int ls_attention(const float *q, int64_t ldq, const void *keys, const void *valu
     int failed = num_rows && !results;
     if (!failed) {
         job.part_out = results, job.part_highest = results + num_rows * H, job.part_sum = job.part_highest + num_rows;
-        job.tasks = parts;
+        job.tasks = parts, job.num_tasks = num_parts;
         ls_parallel(attention_tile, &job, num_parts);
         job.tasks = tasks;
         if (num_rows) ls_parallel(merge_tile, &job, num_tasks);

@@ -95,6 +95,12 @@ static void LS_FOR_KV(weighted)(int rows, const float *p, const LS_KV *const *gr
     }
 }
 
+/* Where the 16 keys from position k on lie. */
+static const LS_KV *LS_FOR_KV(key_group)(const attention_job *j, int64_t sequence, int64_t kv_head, int64_t k) {
+    int64_t block = j->tables[sequence * j->max_blocks + k / j->S];
+    return (const LS_KV *)j->keys + (block * j->num_kv_heads + kv_head) * j->H * j->S + k % j->S;
+}
+
 /* Where the groups of 16 in [begin, end) of a chunk lie, for one key-value head. */
 static void LS_FOR_KV(find_groups)(const attention_job *j, int32_t sequence, int64_t kv_head, int64_t base, int64_t begin,
                                    int64_t end, LS_FOR_KV(groups) *g) {
@@ -141,6 +147,7 @@ static void LS_FOR_KV(add_values)(const row_tile *t, const row_reach *reach, con
 /* Asks for a group of keys or values, so that it is in the second cache when it is read. Blocks lie anywhere, and the
  * processor does not foresee the next one. */
 static void LS_FOR_KV(prefetch_keys)(const LS_KV *key, int64_t S, int64_t H) {
+    if (!key) return;
     int64_t step = S * (int64_t)sizeof(LS_KV) < 64 ? 64 / (S * (int64_t)sizeof(LS_KV)) : 1;
     for (int64_t d = 0; d < H; d += step) __builtin_prefetch(key + d * S, 0, LS_SECOND_CACHE);
 }
@@ -181,6 +188,16 @@ static void LS_FOR_KV(weigh_chunk)(const attention_job *j, row_set *rows, const 
         }
 }
 
+/* Where the first groups of keys lie of the task that this thread will probably take next, for its key-value head t; null
+ * where it has none. */
+static void LS_FOR_KV(find_next_task)(const attention_job *j, const attention_task *task, int64_t t, const LS_KV **keys) {
+    const attention_task *next = task + j->num_threads;
+    int has_head = next < j->tasks + j->num_tasks && t < next->num_kv_heads;
+    int64_t first = has_head ? next->first_chunk * LS_CHUNK : 0, last = has_head ? j->lengths[next->sequence] : 0;
+    for (int64_t k = first; k < first + 16 * LS_AHEAD; k += 16, keys++)
+        *keys = k < last ? LS_FOR_KV(key_group)(j, next->sequence, next->kv_head + t, k) : NULL;
+}
+
 /* One chunk of keys for all rows of a task: scores, then exact maximum, exponentials and their sum, then the weighted
  * values. */
 static void LS_FOR_KV(visit_chunk)(const attention_job *j, const attention_task *task, row_set *rows, int64_t base,
@@ -192,6 +209,10 @@ static void LS_FOR_KV(visit_chunk)(const attention_job *j, const attention_task 
     int64_t known = smaller(rows->end - base, LS_CHUNK + 16 * LS_AHEAD); /* the next chunk's first ones too */
     for (int t = 0; t < rows->num_tiles; t++)
         LS_FOR_KV(find_groups)(j, task->sequence, rows->tiles[t].kv_head, base, begin, known, &groups[t]);
+    if (rows->is_streamed && base + LS_CHUNK >= rows->end) {
+        known = end + 16 * LS_AHEAD;
+        for (int t = 0; t < rows->num_tiles; t++) LS_FOR_KV(find_next_task)(j, task, t, &groups[t].keys[end / 16]);
+    }
     LS_FOR_KV(score_chunk)(j, rows, groups, begin, end);
     for (int r = 0; r < rows->count; r++)
         weigh_row(rows->p + r * LS_SCORE_STRIDE, &rows->reach[r], &highest[r], &sum[r]);

@@ -194,7 +194,7 @@ def packed_logprobs(engine: LLMEngine, prompt: list[int], completion: Completion
     """Log-probabilities of a completion of NEEDLE from one packed forward, as a trainer computes them."""
     model, ops = engine.model_runner.model, engine.model_runner.ops
     input_ids = torch.tensor(prompt + completion.token_ids[:-1], device="cuda")
-    attention = PackedAttention.from_segments(model.config, [Segment(start_row=0, end_row=len(input_ids))], ops=ops)
+    attention = PackedAttention.from_segments(model.config, [Segment(start_row=0, end_row=len(input_ids))], ops)
     with torch.no_grad():
         hidden = model(input_ids, torch.arange(len(input_ids), device="cuda"), attention)[len(prompt) - 1 :]
         targets = torch.tensor(completion.token_ids, device="cuda")

@@ -14,7 +14,6 @@ from engine.attention import PackedAttention, Segment
 from engine.checkpoint import iter_weights
 from engine.model import Transformer
 from engine.model_config import ModelConfig
-from kernels.logprobs import token_logprobs
 
 # Wide enough that sums over k span several blocks of 128, the last one ragged: else any order of summation would do.
 TINY = {
@@ -144,12 +143,12 @@ def _packed_logprobs(
     targets: Sequence[int],
     temperature: float,
 ) -> torch.Tensor:
-    attention = PackedAttention.from_segments(model.config, segments, model.profile.kv_dtype)
+    attention = PackedAttention.from_segments(model.config, segments, model.ops)
     hidden = model(torch.tensor(input_ids), torch.tensor(positions), attention)[torch.tensor(rows)]
     assert hidden.requires_grad
     temperatures, head = torch.full((len(rows),), temperature), model.lm_head
-    return token_logprobs(
-        hidden, head.packed, head.num_outputs, torch.tensor(targets), temperatures, head.master, head.is_dot
+    return model.ops.token_logprobs(
+        hidden, head.packed, head.num_outputs, torch.tensor(targets), temperatures, head.master
     ).detach()
 
 

@@ -118,7 +118,7 @@ def check_rows_of_the_trainer(setting: Setting, numbers_of_rows: range | list[in
 
     def hidden(num_rows: int) -> torch.Tensor:
         segments = [Segment(start_row=0, end_row=num_rows)]
-        attention = PackedAttention.from_segments(model.config, segments, model.profile.kv_dtype)
+        attention = PackedAttention.from_segments(model.config, segments, model.ops)
         return model(input_ids[:num_rows], torch.arange(num_rows), attention).detach()
 
     expected = hidden(300).view(torch.int32)
@@ -183,7 +183,7 @@ def torchs_logprobs(hidden, packed, vocab_size, target_ids, temperature, master,
     [
         ("engine.cpu_ops.linear", torchs_linear),
         ("engine.cpu_ops.CPUOps.packed_attention", torchs_attention),
-        ("exactness_checks.token_logprobs", torchs_logprobs),
+        ("engine.cpu_ops.token_logprobs", torchs_logprobs),
     ],
     ids=["linear", "attention", "log-softmax"],
 )
@@ -248,7 +248,7 @@ def test_arithmetic_of_torchs_is_noticed(tiny_setting: Setting, monkeypatch: pyt
     decoded = run_one(make_engine(tiny_setting), prompt_of(9))
     for ours, torchs, name in (
         ("engine.cpu_ops.linear", torchs_linear, "mm"),
-        ("exactness_checks.token_logprobs", torchs_logprobs, "_log_softmax"),
+        ("engine.cpu_ops.token_logprobs", torchs_logprobs, "_log_softmax"),
     ):
         with monkeypatch.context() as patch, ArithmeticOfTorchs() as noticed:
             patch.setattr(ours, torchs)

@@ -41,7 +41,7 @@ def forward_logprobs(engine: LLMEngine, prompt: list[int], completion: Completio
     model, ops, device = engine.model_runner.model, engine.model_runner.ops, engine.model_runner.ops.device
     input_ids = torch.tensor(prompt + completion.token_ids[:-1], device=device)
     segments = [Segment(start_row=0, end_row=len(input_ids))]
-    attention = PackedAttention.from_segments(model.config, segments, ops=ops)
+    attention = PackedAttention.from_segments(model.config, segments, ops)
     with torch.no_grad():
         hidden = model(input_ids, torch.arange(len(input_ids), device=device), attention)[len(prompt) - 1 :]
         targets = torch.tensor(completion.token_ids, device=device)

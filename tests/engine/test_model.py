@@ -34,7 +34,7 @@ def load(model_dir: Path, with_masters: bool = False) -> Transformer:
 
 
 def logits(model: Transformer, token_ids: torch.Tensor) -> torch.Tensor:
-    attention = PackedAttention.from_segments(model.config, [Segment(start_row=0, end_row=len(token_ids))])
+    attention = PackedAttention.from_segments(model.config, [Segment(start_row=0, end_row=len(token_ids))], model.ops)
     hidden = model(token_ids, torch.arange(len(token_ids)), attention)
     head = model.lm_head
     return linear(hidden, head.packed, head.num_outputs, None, head.master)

@@ -172,7 +172,7 @@ def test_asking_for_top_logprobs_changes_no_token_and_no_logprob(model_dir):
 def trainer_hidden(model: Transformer, prompt: list[int], token_ids: list[int]) -> torch.Tensor:
     """Hidden states that predict a completion, from one packed forward."""
     input_ids = torch.tensor(prompt + token_ids[:-1])
-    attention = PackedAttention.from_segments(model.config, [Segment(start_row=0, end_row=len(input_ids))])
+    attention = PackedAttention.from_segments(model.config, [Segment(start_row=0, end_row=len(input_ids))], model.ops)
     with torch.no_grad():
         return model(input_ids, torch.arange(len(input_ids)), attention)[len(prompt) - 1 :]
 

@@ -51,7 +51,9 @@ def forward_logprobs(model_dir: Path) -> Callable[[Mapping[str, torch.Tensor], R
         model = Transformer(model_config)
         model.load_weights(weights)
         input_ids = torch.tensor(rollout.prompt_token_ids + rollout.token_ids[:-1])
-        attention = PackedAttention.from_segments(model_config, [Segment(start_row=0, end_row=len(input_ids))])
+        attention = PackedAttention.from_segments(
+            model_config, [Segment(start_row=0, end_row=len(input_ids))], model.ops
+        )
         hidden_TD = model(input_ids, torch.arange(len(input_ids)), attention)
         hidden_CD = hidden_TD[len(rollout.prompt_token_ids) - 1 :]
         targets = torch.tensor(rollout.token_ids)
