@@ -44,7 +44,8 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048  # token budget of one step
     long_prefill_token_threshold: int = 0  # most tokens one request may take of a step; 0 is no limit
     enable_prefix_caching: bool = True
-    async_scheduling: bool | Literal["auto"] = "auto"  # "auto" is off: the device is the host
+    # plan a step while the one before runs; "auto" where the device is not the host, or num_threads leaves a core free
+    async_scheduling: bool | Literal["auto"] = "auto"
     num_scheduler_steps: int = 1  # decode steps in one scheduling cycle
     seed: int = 0  # requests without a seed derive theirs from it
 
@@ -67,8 +68,7 @@ class EngineConfig:
             of_profile = self.profile_name.removeprefix("gpu-").removesuffix("-dot")
             _require_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto", of_profile))
         _require_choice("enforce_eager", self.enforce_eager, (True, False))
-        _require_choice("async_scheduling", self.async_scheduling, ("auto", False))
-        _require_choice("num_scheduler_steps", self.num_scheduler_steps, (1,))
+        _require_choice("async_scheduling", self.async_scheduling, ("auto", True, False))
         _require_choice("enable_prefix_caching", self.enable_prefix_caching, (True, False))
 
     def _check_device(self) -> None:
@@ -81,7 +81,7 @@ class EngineConfig:
             )
 
     def _check_ranges(self) -> None:
-        for name in ("num_threads", "block_size", "max_num_seqs", "max_num_batched_tokens"):
+        for name in ("num_threads", "block_size", "max_num_seqs", "max_num_batched_tokens", "num_scheduler_steps"):
             _require_int(name, getattr(self, name), minimum=1)
         for name, minimum in (("num_blocks", 1), ("kv_cache_memory_bytes", 1), ("max_model_len", 2)):
             if getattr(self, name) is not None:
@@ -102,6 +102,13 @@ class EngineConfig:
         if self.device != "auto":
             return self.device
         return "cuda" if self.numerics != "bfloat16-dot" and _has_cuda() else "cpu"
+
+    @property
+    def is_async(self) -> bool:
+        """Whether a step is planned while the one before runs."""
+        if self.async_scheduling != "auto":
+            return self.async_scheduling
+        return self.device_name == "cuda" or self.num_threads < available_cores()
 
     @property
     def profile_name(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -29,18 +31,39 @@ class DeviceInputs:
         is_cuda = device.type == "cuda"
         num_padded = max(padded_num_rows(min(max_num_seqs, MAX_GRAPH_ROWS)), max_num_seqs)
         self.device = device
-        self._host = InputBuffers(
-            max_num_rows=max(max_num_rows, num_padded), max_num_seqs=num_padded,
-            max_blocks_per_seq=max_blocks_per_seq, block_size=block_size, pin_memory=is_cuda,
-        )  # fmt: skip
+        self._sizes = {
+            "max_num_rows": max(max_num_rows, num_padded),
+            "max_num_seqs": num_padded,
+            "max_blocks_per_seq": max_blocks_per_seq,
+            "block_size": block_size,
+            "pin_memory": is_cuda,
+        }
+        self._host = InputBuffers(**self._sizes)
         self._tensors = {name: torch.from_numpy(getattr(self._host, name)).to(device, copy=True) for name in _COPIED}
         self._copied = torch.cuda.Event() if is_cuda else None
 
+    def twin(self) -> DeviceInputs:
+        """Another one on the same device memory: what it packs may wait on the host until this one's step has run."""
+        twin = copy.copy(self)
+        twin._host = InputBuffers(**self._sizes)
+        twin._copied = None if self._copied is None else torch.cuda.Event()
+        return twin
+
     def pack(self, plan: SchedulerOutput) -> InputBatch:
-        """Copies a non-empty plan; the batch is good until the next one is packed."""
+        """Writes a non-empty plan on the host; good until this one packs the next."""
         if self._copied is not None:
             self._copied.synchronize()  # a step that draws nothing does not wait for the device
-        batch = self._host.pack(plan)
+        return self._host.pack(plan)
+
+    def advance(self, plan: SchedulerOutput) -> InputBatch:
+        """A later step of the cycle that was packed last; see `InputBuffers.advance`."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host.advance(plan)
+
+    def load(self, batch: InputBatch, drawn_token_ids: Sequence[int]) -> InputBatch:
+        """The batch on the device, complete: pending tokens are among those that the step before has drawn."""
+        batch = self._host.load(batch, drawn_token_ids)
         if batch.has_one_row_each:
             batch = self._filled_up(batch)
         tensors = {name: self._copy(name, getattr(batch, name).shape[0]) for name in _COPIED}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,9 @@ class InputBatch:
     block_tables: torch.Tensor  # [B, max_blocks] int32
     slot_mapping: torch.Tensor  # [T] int64
     sampling: SamplingBatch  # who draws from which row
+    # rows whose token the step before draws, and which of its samples does; empty where all are known
+    pending_rows: Sequence[int] = ()
+    pending_places: Sequence[int] = ()
 
     @property
     def num_rows(self) -> int:
@@ -67,8 +71,14 @@ class InputBuffers:
         self.seq_lens[:B] = starts + counts
         np.cumsum(counts, out=self.cu_seqlens_q[1 : B + 1])
         self.input_ids[:T] = _token_ids(scheduled, T)
+        pending = [(row, item.source) for row, item in enumerate(scheduled) if item.source >= 0]
         self._write_tables(scheduled)
         self._write_places(starts, counts, T)
+        return self._batch(plan, pending)
+
+    def _batch(self, plan: SchedulerOutput, pending: list[tuple[int, int]]) -> InputBatch:
+        """What has been written. pending: (entry, place among the samples of the step before) of unknown tokens."""
+        T, B = plan.num_scheduled_tokens, len(plan.scheduled)
         return InputBatch(
             input_ids=torch.from_numpy(self.input_ids[:T]),
             positions=torch.from_numpy(self.positions[:T]),
@@ -77,7 +87,30 @@ class InputBuffers:
             block_tables=torch.from_numpy(self.block_tables[:B]),
             slot_mapping=torch.from_numpy(self.slot_mapping[:T]),
             sampling=SamplingBatch.from_plan(plan, self.cu_seqlens_q[: B + 1]),
+            pending_rows=self.cu_seqlens_q[[entry for entry, _ in pending]] if pending else (),
+            pending_places=[place for _, place in pending],
         )
+
+    def advance(self, plan: SchedulerOutput) -> InputBatch:
+        """Writes a later step of the cycle that was packed last, each row a position on; see `later_step`.
+
+        It looks at no request's blocks, which may have moved on: the tables hold what the cycle was given.
+        """
+        kept, B = [item.source for item in plan.scheduled], len(plan.scheduled)
+        if len(self._table_rows) > B and kept != list(range(B)):
+            self.block_tables[:B] = self.block_tables[kept]
+            self._table_rows = [self._table_rows[row] for row in kept] + [[]] * (len(self._table_rows) - B)
+        positions = self.positions[kept] + 1
+        self.seq_lens[:B] = positions + 1
+        self.cu_seqlens_q[: B + 1] = np.arange(B + 1)
+        self._write_places(positions, np.ones(B, np.int64), B)
+        return self._batch(plan, pending=[(row, place) for row, place in enumerate(kept)])
+
+    def load(self, batch: InputBatch, drawn_token_ids: Sequence[int]) -> InputBatch:
+        """The batch, complete: pending tokens are among those that the step before has drawn."""
+        if len(batch.pending_rows):
+            self.input_ids[batch.pending_rows] = [drawn_token_ids[place] for place in batch.pending_places]
+        return batch
 
     def _write_tables(self, scheduled: list[ScheduledRequest]) -> None:
         """Most rows hold what they held a step ago."""
@@ -97,6 +130,11 @@ class InputBuffers:
 
 
 def _token_ids(scheduled: list[ScheduledRequest], num_rows: int) -> list[int]:
+    """Zero where a token is pending."""
     if num_rows == len(scheduled):
-        return [item.request.token_ids[item.start] for item in scheduled]
-    return [i for item in scheduled for i in item.request.token_ids[item.start : item.start + item.num_tokens]]
+        return [item.request.token_ids[item.start] if item.source < 0 else 0 for item in scheduled]
+    return [i for item in scheduled for i in _known_token_ids(item)]
+
+
+def _known_token_ids(item: ScheduledRequest) -> Sequence[int]:
+    return item.request.token_ids[item.start : item.end] if item.source < 0 else (0,)

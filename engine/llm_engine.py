@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 import kernels
 from engine.block_pool import BlockPool
@@ -17,14 +18,18 @@ from engine.model_config import ModelConfig
 from engine.model_runner import ModelRunner
 from engine.ops import Ops, make_ops
 from engine.outputs import Completion, EngineStats, StepOutput, WeightUpdate
+from engine.pipeline import Pipeline
 from engine.prompts import as_prompts, derive_seed, per_prompt_params
 from engine.request import Request
+from engine.resume import resumed_entries
 from engine.sampling_params import SamplingParams
-from engine.scheduler import Scheduler
-from engine.step_plan import ModelRunnerOutput, SchedulerOutput
+from engine.scheduler import MAX_STEPS_UNDER_WAY, Scheduler
 from engine.tokenizer import Prompt, encode, load_tokenizer
 
 MAX_POLICY_VERSION = 2**31 - 1
+
+PauseMode = Literal["keep", "wait", "abort"]
+UpdateMode = Literal["recompute", "keep", "wait", "abort"]
 
 
 class LLMEngine:
@@ -65,6 +70,9 @@ class LLMEngine:
         self.weights_checksum = self.model_runner.load_weights(weights, policy_version=0)
         block_pool = BlockPool(num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(self.config, block_pool, self.weights_checksum)
+        self._pipeline = Pipeline(self.model_runner, depth=MAX_STEPS_UNDER_WAY if self.config.is_async else 1)
+        self._undelivered = StepOutput()  # of steps that were taken in between two calls of `step`
+        self._paused: PauseMode | None = None
         self._num_calls = 0
 
     @property
@@ -72,15 +80,24 @@ class LLMEngine:
         return self.model_runner.policy_version
 
     def add_request(
-        self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        priority: int = 0,
+        resume: Completion | Sequence[Completion] | None = None,
+        cache_salt: str = "",
     ) -> None:
         """Queues a prompt (text, token ids or chat messages) with `params.n` samples.
 
         Without `params.seed` the seed is derived from the engine's and the request id. Smaller priorities go first.
+        resume: partial completions of this prompt under these parameters and this seed, to go on from; those that have
+        finished are not drawn again. cache_salt: requests of different salts share no cached blocks.
 
         Raises:
             ValueError: for an empty or too long prompt, ids outside the vocabulary, an id in use, sampling parameters
-                that this model cannot serve, or a request that could never fit the KV pool.
+                that this model cannot serve, a request that could never fit the KV pool, or completions to resume that
+                do not fit the request (`engine.resume`).
         """
         params = params or SamplingParams()
         leader = Request.create_group(
@@ -89,20 +106,70 @@ class LLMEngine:
             params=params,
             seed=derive_seed(self.config.seed, request_id) if params.seed is None else params.seed,
             priority=priority,
+            cache_salt=cache_salt,
             eos_token_ids=self.model_config.eos_token_ids,
             tokenizer=self.tokenizer,
             vocab_size=self.model_config.vocab_size,
         )
-        self.scheduler.add(leader)
+        partial = [resume] if isinstance(resume, Completion) else resume
+        if partial:
+            entries = resumed_entries(leader, partial, self.model_config.vocab_size, self.max_model_len)
+        self.scheduler.add(*(entries if partial else (leader,)))
 
     def step(self) -> StepOutput:
-        """Runs one step: what it drew, and the samples that finished with it. Without requests it does nothing."""
-        plan = self.scheduler.schedule()
-        output = self._execute(plan)
-        return self.scheduler.update_from_output(plan, output)
+        """Takes in one step: what it drew, and the samples that finished with it. Without requests it does nothing.
+
+        With asynchronous scheduling the next step has been planned by then, and runs.
+        """
+        self._launch_steps()
+        self._take_in_step()
+        return self._deliver()
 
     def has_unfinished(self) -> bool:
-        return self.scheduler.has_unfinished()
+        """Whether a request is unfinished, or something finished is yet to come out of `step`."""
+        return self.scheduler.has_unfinished() or bool(self._undelivered.finished)
+
+    def can_step(self) -> bool:
+        """Whether `step` has something to do: a paused engine may have unfinished requests and nothing to do."""
+        if self._paused is None or not self.scheduler.has_unfinished():
+            return self.has_unfinished()
+        may_go_on = self._paused == "wait" and bool(self.scheduler.started_requests())
+        return may_go_on or bool(self._undelivered.finished)
+
+    def pause(self, mode: PauseMode = "keep") -> list[Completion]:
+        """Stops drawing until `resume()`; requests may still be added and wait. Returns the requests that it ended.
+
+        `keep`: requests stop where they are and keep their blocks. `wait`: those that have begun go on to their end,
+        and no other begins; `can_step()` turns False when they have ended. `abort`: all end with what they have.
+
+        Raises ValueError for another mode.
+        """
+        if mode not in get_args(PauseMode):
+            raise ValueError(f"mode={mode!r} must be 'keep', 'wait' or 'abort'")
+        self._drain()
+        self._paused = mode
+        self.scheduler.admission = "started" if mode == "wait" else "all"
+        return self.scheduler.abort(self.scheduler.unfinished_ids()) if mode == "abort" else []
+
+    def resume(self) -> None:
+        """Goes on after `pause`; ValueError if the engine is not paused."""
+        if self._paused is None:
+            raise ValueError("the engine is not paused: there is nothing to resume")
+        self._paused = None
+        self.scheduler.admission = "all"
+
+    @property
+    def is_paused(self) -> bool:
+        return self._paused is not None
+
+    def reset_prefix_cache(self, preempt_running: bool = False) -> bool:
+        """Forgets what the blocks of the KV pool contain; whether no block is left in use.
+
+        preempt_running: running requests give back their blocks, keep their tokens and their place in the queue, and
+        compute the blocks again.
+        """
+        self._drain()
+        return self.scheduler.reset_prefix_cache(preempt_running)
 
     def generate(
         self,
@@ -116,6 +183,8 @@ class LLMEngine:
             ValueError: as `add_request`; nothing runs then.
             TimeoutError: naming how much was unfinished; those requests are aborted.
         """
+        if self._paused is not None:
+            raise ValueError(f"the engine is paused (mode {self._paused!r}), so nothing would come: resume() it first")
         prompts = as_prompts(prompts)
         all_params = per_prompt_params(params, len(prompts))
         self._num_calls += 1
@@ -136,32 +205,45 @@ class LLMEngine:
         return [sorted(groups[request_id], key=lambda c: c.index) for request_id in ids]
 
     def abort(self, request_ids: Iterable[str]) -> list[Completion]:
-        """Ends requests with what they have (finish_reason "abort"); ValueError names ids that are not unfinished."""
-        return self.scheduler.abort(set(request_ids))
+        """Ends requests with what they have (finish_reason "abort"); ValueError names ids that are not unfinished.
+
+        What a step under way draws for them is dropped.
+        """
+        ended = {completion.request_id for completion in self._undelivered.finished} - self.scheduler.unfinished_ids()
+        return self.scheduler.abort(set(request_ids) - ended)
 
     def update_weights(
         self,
         named_tensors: NamedTensors,
         policy_version: int,
-        mode: Literal["recompute", "keep"] = "recompute",
+        mode: UpdateMode = "recompute",
         digests: Mapping[str, bytes] | None = None,
     ) -> WeightUpdate:
         """Replaces all weights in place, between two steps.
 
         `recompute`: running requests keep their tokens, drop their KV and go on under the new weights; exact.
         `keep`: they go on, on KV of the old weights; fast, and their completions say is_exact=False.
+        `wait`: requests that have begun are finished first, under the old weights; `step` hands them out later. Exact.
+        `abort`: requests that have begun end with what they have; `step` hands them out.
         `digests` of tensors that were verified beforehand spare reading them twice (see `Transformer.load_weights`).
 
         Raises:
-            ValueError: for an unknown mode or version, or weights that `Transformer.load_weights` refuses; the engine
-                then goes on under the old ones.
+            ValueError: for an unknown mode or version, `wait` in a paused engine, or weights that
+                `Transformer.load_weights` refuses; the engine then goes on under the old ones.
         """
-        if mode not in ("recompute", "keep"):
-            raise ValueError(f"mode={mode!r} must be 'recompute' or 'keep'")
+        if mode not in get_args(UpdateMode):
+            raise ValueError(f"mode={mode!r} must be 'recompute', 'keep', 'wait' or 'abort'")
         if not isinstance(policy_version, int) or not 0 <= policy_version <= MAX_POLICY_VERSION:
             raise ValueError(f"policy_version={policy_version!r} must be an integer from 0 to {MAX_POLICY_VERSION}")
+        self._drain()
+        if mode == "wait":
+            self._finish_started()
         self.weights_checksum = self.model_runner.load_weights(named_tensors, policy_version, digests)
-        num_dropped_tokens = self.scheduler.set_weights(self.weights_checksum, mode)
+        if mode == "abort":
+            self._undelivered.finished += self.scheduler.abort(self.scheduler.started_requests())
+        num_dropped_tokens = self.scheduler.set_weights(
+            self.weights_checksum, "keep" if mode == "keep" else "recompute"
+        )
         return WeightUpdate(checksum=self.weights_checksum, num_recomputed_tokens=num_dropped_tokens)
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -175,11 +257,54 @@ class LLMEngine:
         """Asserts that queues, references, free blocks and tables add up."""
         self.scheduler.check_integrity()
 
-    def _execute(self, plan: SchedulerOutput) -> ModelRunnerOutput:
+    def _launch_steps(self) -> None:
+        """Plans as many steps as may be under way, and starts them."""
+        while self._pipeline.has_room and self._paused in (None, "wait"):
+            with self._abandoning_on_failure():
+                plan = self.scheduler.schedule()
+                if plan.is_empty:
+                    return
+                self._pipeline.launch(plan)
+
+    def _take_in_step(self) -> None:
+        """Waits for the oldest step under way; with the last request ended, later ones draw what is dropped."""
+        if not len(self._pipeline):
+            return
+        with self._abandoning_on_failure():
+            self._undelivered.extend(self.scheduler.update_from_output(*self._pipeline.take()))
+        if not self.scheduler.has_unfinished():
+            self._drain()
+
+    def _drain(self) -> None:
+        """Takes in all steps under way: what follows happens between two steps."""
+        while len(self._pipeline):
+            self._take_in_step()
+
+    def _finish_started(self) -> None:
+        """Runs the requests that have begun to their end, and begins no other."""
+        if self._paused is not None:
+            raise ValueError(f"mode='wait' would never end: the engine is paused (mode {self._paused!r}). resume() it")
+        self.scheduler.admission = "started"
         try:
-            return self.model_runner.execute_model(plan)
-        except BaseException:  # Ctrl-C too: what the step had written is unknown, so none of it is used again
-            self.scheduler.abandon_step()
+            while self.scheduler.started_requests():
+                self._launch_steps()
+                self._take_in_step()
+            self._drain()
+        finally:
+            self.scheduler.admission = "all"
+
+    def _deliver(self) -> StepOutput:
+        output, self._undelivered = self._undelivered, StepOutput()
+        return output
+
+    @contextlib.contextmanager
+    def _abandoning_on_failure(self) -> Iterator[None]:
+        """Ctrl-C too: what the steps under way had written is unknown, so none of it is used again."""
+        try:
+            yield
+        except BaseException:
+            self._pipeline.clear()
+            self.scheduler.abandon_steps()
             raise
 
     def _add_all(self, ids: list[str], prompts: list[Prompt], all_params: list[SamplingParams]) -> None:

@@ -21,7 +21,7 @@ class LogitsBatch:
 
     rows: torch.Tensor  # [R] int64, ascending rows of the step
     places: list[int]  # [m] of the samples among all of the step
-    num_top: list[int]  # [m]
+    samples: list[Request]  # [m]
     draws: torch.Tensor  # [5, m] int64: entry of rows, seed, position in the completion, sample index, greedy
     options: DrawOptions
 
@@ -48,28 +48,33 @@ class LogitsBatch:
 
     @classmethod
     def _from_samples(
-        cls, samples: Sequence[Request], rows: torch.Tensor, places: list[int], draws: torch.Tensor
+        cls, samples: list[Request], rows: torch.Tensor, places: list[int], draws: torch.Tensor
     ) -> LogitsBatch:
         return cls(
             rows=rows,
             places=places,
-            num_top=[sample.rules.num_top for sample in samples],
+            samples=samples,
             draws=draws,
-            options=_draw_options(samples),
+            options=_draw_options(samples, draws[2].tolist()),
         )
 
+    @property
+    def num_top(self) -> list[int]:
+        return [sample.rules.num_top for sample in self.samples]
 
-def _draw_options(samples: Sequence[Request]) -> DrawOptions:
+
+def _draw_options(samples: Sequence[Request], positions: Sequence[int]) -> DrawOptions:
     rules = [sample.rules for sample in samples]
     numbers = np.frombuffer(b"".join([one.numbers for one in rules])).reshape(-1, len(NUMBERS))
-    seen = [sample.seen_tokens() for sample in samples]
+    tokens = [sample.tokens_before(position) for sample, position in zip(samples, positions, strict=True)]
+    seen = [sample.seen_tokens(token_ids) for sample, token_ids in zip(samples, tokens, strict=True)]
     return DrawOptions(
         numbers=torch.from_numpy(numbers.T.copy()),
         seen=_id_lists([ids for ids, _ in seen]),
         counts=torch.from_numpy(np.concatenate([counts for _, counts in seen])),
         biased=_id_lists([one.biased_ids for one in rules]),
         bias=torch.from_numpy(np.concatenate([one.bias for one in rules])),
-        masked=_id_lists([sample.masked_ids() for sample in samples]),
+        masked=_id_lists([sample.masked_ids(ids) for sample, ids in zip(samples, tokens, strict=True)]),
         allowed=_id_lists([one.allowed_ids for one in rules]),
     )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -15,13 +17,34 @@ from engine.model import NamedTensors, Transformer
 from engine.model_config import ModelConfig
 from engine.ops import Ops
 from engine.recorded_steps import RecordedSteps
-from engine.sampler import Sampler
-from engine.step_plan import ModelRunnerOutput, SchedulerOutput
+from engine.sampler import Sampler, SamplerOutput
+from engine.step_plan import ModelRunnerOutput, SchedulerOutput, later_step
 from kernels.profiles import GPU_PROFILES
+from kernels.recording import Arena
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Lane:
+    """Buffers for the inputs of a step, and what repeats steps that read them."""
+
+    inputs: InputBuffers | DeviceInputs
+    steps: RecordedSteps | CapturedSteps | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedStep:
+    """A plan with its inputs on the host; good until the step after the next is prepared."""
+
+    plan: SchedulerOutput
+    lane: _Lane
+    batch: InputBatch
 
 
 class ModelRunner:
-    """Executes steps. Storage of weights and KV is allocated once and never moves."""
+    """Executes steps. Storage of weights and KV is allocated once and never moves.
+
+    A step may be prepared while the one before is executed, on another thread.
+    """
 
     def __init__(self, config: ModelConfig, engine_config: EngineConfig, num_blocks: int, ops: Ops) -> None:
         """engine_config: with max_model_len resolved."""
@@ -30,8 +53,9 @@ class ModelRunner:
         self.model = Transformer(config, ops=ops)
         self.sampler = Sampler(self.model.lm_head)
         self.policy_version = 0
-        self.input_buffers = _input_buffers(engine_config, ops)
-        self.steps = _repeated_steps(engine_config, ops)
+        self._lanes = _lanes(engine_config, ops)
+        self._next_lanes = itertools.cycle(self._lanes)
+        self._drawn_token_ids: Sequence[int] = ()  # the last ones, in order of the samples of the last plan
         self.kv_storage, self.key_blocks, self.value_blocks = ops.new_blocks(
             config.num_layers, num_blocks, config.num_kv_heads, config.head_dim, block_size
         )
@@ -44,25 +68,44 @@ class ModelRunner:
         self.policy_version = policy_version
         return checksum
 
-    @torch.inference_mode()
-    def execute_model(self, plan: SchedulerOutput) -> ModelRunnerOutput:
-        """Copies blocks, computes every scheduled row, and draws for those that caught up."""
-        version = self.policy_version
-        if plan.is_empty:
-            return ModelRunnerOutput(token_ids=[], logprobs=[], policy_version=version)
-        batch = self.input_buffers.pack(plan)
-        self.ops.copy_blocks(self.kv_storage, plan.block_copies)
-        hidden_TD = self._hidden_states(batch)
-        token_ids, logprobs, details = self.sampler(hidden_TD, batch.sampling)
-        return ModelRunnerOutput(token_ids=token_ids, logprobs=logprobs, policy_version=version, details=details)
+    @property
+    def steps(self) -> RecordedSteps | CapturedSteps | None:
+        """What runs decode steps again without Python; None where every step is computed op by op."""
+        return self._lanes[0].steps
 
-    def _hidden_states(self, batch: InputBatch) -> torch.Tensor:
+    def prepare(self, plan: SchedulerOutput) -> PreparedStep:
+        """The host's part of a non-empty plan, for which the step before need not have ended."""
+        lane = next(self._next_lanes)
+        return PreparedStep(plan=plan, lane=lane, batch=lane.inputs.pack(plan))
+
+    @torch.inference_mode()
+    def execute(self, prepared: PreparedStep) -> ModelRunnerOutput:
+        """Copies blocks, computes every scheduled row, and draws for those that caught up: once for each step."""
+        version, plan, lane = self.policy_version, prepared.plan, prepared.lane
+        self.ops.copy_blocks(self.kv_storage, plan.block_copies)
+        outputs = [self._execute_batch(prepared.batch, lane, self._drawn_token_ids)]
+        drawn, places = list(outputs[0][0]), list(range(len(outputs[0][0])))
+        for number in range(1, plan.num_steps):
+            plan = later_step(plan, number)
+            places = [places[entry.source] for entry in plan.scheduled]
+            outputs.append(self._execute_batch(lane.inputs.advance(plan), lane, outputs[-1][0]))
+            for place, token_id in zip(places, outputs[-1][0], strict=True):
+                drawn[place] = token_id
+        self._drawn_token_ids = drawn
+        return _joined(outputs, version)
+
+    def _execute_batch(self, batch: InputBatch, lane: _Lane, drawn_token_ids: Sequence[int]) -> SamplerOutput:
+        """drawn_token_ids: by the samples of the step before, whom pending tokens are taken from."""
+        batch = lane.inputs.load(batch, drawn_token_ids)
+        return self.sampler(self._hidden_states(batch, lane.steps), batch.sampling)
+
+    def _hidden_states(self, batch: InputBatch, steps: RecordedSteps | CapturedSteps | None) -> torch.Tensor:
         def forward() -> torch.Tensor:
             return self.model(batch.input_ids, batch.positions, self._attention(batch))
 
-        if self.steps is None or not batch.has_one_row_each:
+        if steps is None or not batch.has_one_row_each:
             return forward()
-        return self.steps.run(batch.num_rows, forward)
+        return steps.run(batch.num_rows, forward)
 
     def _attention(self, batch: InputBatch) -> PagedAttention:
         return PagedAttention(
@@ -77,23 +120,31 @@ class ModelRunner:
         )
 
 
-def _input_buffers(config: EngineConfig, ops: Ops) -> InputBuffers | DeviceInputs:
+def _lanes(config: EngineConfig, ops: Ops) -> list[_Lane]:
+    """One, or two used in turn where a step is prepared while another runs."""
     sizes = {
         "max_num_rows": config.max_num_batched_tokens,
         "max_num_seqs": config.max_num_seqs,
         "max_blocks_per_seq": -(-config.max_model_len // config.block_size),
         "block_size": config.block_size,
     }
-    return DeviceInputs(ops.device, **sizes) if _is_gpu(ops) else InputBuffers(**sizes)
+    num_lanes = 2 if config.is_async else 1
+    if not _is_gpu(ops):
+        arena = Arena()
+        repeated = (None if config.enforce_eager else RecordedSteps(arena) for _ in range(num_lanes))
+        return [_Lane(inputs=InputBuffers(**sizes), steps=steps) for steps in repeated]
+    inputs = DeviceInputs(ops.device, **sizes)
+    steps = CapturedSteps() if ops.device.type == "cuda" and not config.enforce_eager else None
+    return [_Lane(inputs=one, steps=steps) for one in (inputs, inputs.twin())[:num_lanes]]
 
 
-def _repeated_steps(config: EngineConfig, ops: Ops) -> RecordedSteps | CapturedSteps | None:
-    """What runs a decode step again without Python; None where every step is computed op by op."""
-    if config.enforce_eager:
-        return None
-    if _is_gpu(ops):
-        return CapturedSteps() if ops.device.type == "cuda" else None
-    return RecordedSteps()
+def _joined(outputs: Sequence[SamplerOutput], policy_version: int) -> ModelRunnerOutput:
+    token_ids, logprobs, details = outputs[0]
+    for more_ids, more_logprobs, more_details in outputs[1:]:
+        token_ids, logprobs = token_ids + more_ids, logprobs + more_logprobs
+        if details is not None:
+            details = details + (more_details or [None] * len(more_ids))
+    return ModelRunnerOutput(token_ids=token_ids, logprobs=logprobs, policy_version=policy_version, details=details)
 
 
 def _is_gpu(ops: Ops) -> bool:

@@ -55,6 +55,10 @@ class StepOutput:
     new_tokens: list[NewToken] = field(default_factory=list)
     finished: list[Completion] = field(default_factory=list)
 
+    def extend(self, later: StepOutput) -> None:
+        self.new_tokens += later.new_tokens
+        self.finished += later.finished
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightUpdate:

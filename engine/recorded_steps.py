@@ -13,9 +13,10 @@ class RecordedSteps:
     """A step of B rows, one of each request, makes the same kernel calls whatever the requests: inputs, KV blocks and
     weights change in place. So the second step of B rows is recorded while it runs, and later ones repeat it."""
 
-    def __init__(self) -> None:
+    def __init__(self, arena: Arena) -> None:
+        """arena: may be shared by those whose steps never run at the same time."""
         self._recordings: dict[int, Recording | None] = {}  # by number of rows; None where one step has been seen
-        self._arena = Arena()
+        self._arena = arena
 
     def recording(self, num_rows: int) -> Recording | None:
         """The recorded step of so many rows, if there is one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
@@ -50,12 +50,16 @@ class Request:
     draw_key: bytes = field(init=False, repr=False)
     num_computed_tokens: int = 0  # tokens whose keys and values are stored, the step under way included
     num_cached_tokens: int = 0  # of these, not computed for this request but found
+    num_pending_tokens: int = 0  # that steps under way draw: they follow token_ids, and nobody knows them yet
+    draw_place: int = 0  # among the samples of the last step that draws for it
     block_ids: list[int] = field(default_factory=list, repr=False)
     block_hashes: list[bytes] = field(default_factory=list, repr=False)  # of the full blocks, as far as needed yet
     has_mixed_kv: bool = False  # some keys and values are of older weights
     logprobs: list[float] = field(default_factory=list, repr=False)
     policy_versions: list[int] = field(default_factory=list, repr=False)
     details: list[TokenDetail] = field(default_factory=list, repr=False)  # of every output token where there are rules
+    # the model runner's, which may be a step ahead of what the scheduler knows; kept where logits are written out
+    drawn_token_ids: list[int] = field(default_factory=list, repr=False)
     seen: SeenTokens = field(init=False, repr=False)
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
@@ -111,12 +115,27 @@ class Request:
         return len(self.token_ids)
 
     @property
+    def num_missing_tokens(self) -> int:
+        """Tokens, pending ones included, whose keys and values are neither stored nor about to be."""
+        return len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens
+
+    @property
+    def has_started(self) -> bool:
+        """Whether it has run before: it has tokens, or had blocks."""
+        return self.status is not RequestStatus.WAITING or len(self.token_ids) > self.num_prompt_tokens
+
+    @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt_tokens :]
+
+    def ends_with_pending(self, max_model_len: int) -> bool:
+        """Whether it has all the tokens it may have once those under way are known."""
+        num_tokens = len(self.token_ids) + self.num_pending_tokens
+        return num_tokens - self.num_prompt_tokens >= self.params.max_tokens or num_tokens >= max_model_len
 
     @property
     def num_seats(self) -> int:
@@ -128,15 +147,37 @@ class Request:
         """Place in every queue: priority, then arrival, then sample."""
         return (self.priority, self.arrival, self.index)
 
-    def seen_tokens(self) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, counts) for the penalties: tokens of prompt and output, and how often each is in the output."""
+    def tokens_before(self, position: int) -> list[int]:
+        """Prompt and output up to a position of the completion, as the model runner knows them."""
+        drawn = self.drawn_token_ids
+        if len(drawn) < position:  # not drawn here but resumed from
+            first = self.num_prompt_tokens + len(drawn)
+            drawn += self.token_ids[first : self.num_prompt_tokens + position]
+        return self.prompt_token_ids + drawn[:position]
+
+    def note_drawn(self, position: int, token_id: int) -> None:
+        """The model runner has drawn the token at a position of the completion."""
+        self.drawn_token_ids[position:] = [token_id]
+
+    def seen_tokens(self, token_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, counts) for the penalties: tokens of prompt and output, and how often each is in the output.
+
+        token_ids: prompt and output before the token to be drawn, which may be ahead of what the scheduler knows.
+        """
         if self.rules is None or not self.rules.has_penalties:
             return NO_IDS, NO_IDS
-        return self.seen.read(self.token_ids)
+        return self.seen.read(token_ids)
 
-    def masked_ids(self) -> np.ndarray:
-        """Ids that the next token cannot be."""
-        return NO_IDS if self.rules is None else self.rules.masked_ids(self.token_ids, self.num_output_tokens)
+    def masked_ids(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Ids that the token after `token_ids` cannot be."""
+        if self.rules is None:
+            return NO_IDS
+        return self.rules.masked_ids(token_ids, len(token_ids) - self.num_prompt_tokens)
+
+    def forget_pending(self) -> None:
+        """The steps under way failed: what they have drawn, if anything, does not count."""
+        self.num_pending_tokens = 0
+        self.seen = SeenTokens(self.num_prompt_tokens)
 
     def append_token(
         self, token_id: int, logprob: float, policy_version: int, detail: TokenDetail | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import torch
 
@@ -11,6 +12,9 @@ from engine.model import PackedLinear
 from engine.outputs import TokenDetail
 from engine.sampling_batch import SamplingBatch
 from kernels.truncated import truncated_sample
+
+SamplerOutput: TypeAlias = tuple[list[int], list[float], list[TokenDetail | None] | None]
+"""Token ids, log-probabilities (exactly float32) and details (None where nobody has any), in order of the samples."""
 
 
 class Sampler:
@@ -24,20 +28,14 @@ class Sampler:
     def __init__(self, lm_head: PackedLinear) -> None:
         self.lm_head = lm_head
 
-    def __call__(
-        self, hidden_TD: torch.Tensor, batch: SamplingBatch
-    ) -> tuple[list[int], list[float], list[TokenDetail | None] | None]:
-        """(token ids, log-probabilities, details) in the order of the plan's samples.
-
-        Log-probabilities are exactly float32. details: None in a step where nobody has any.
-        """
+    def __call__(self, hidden_TD: torch.Tensor, batch: SamplingBatch) -> SamplerOutput:
         token_ids, logprobs = self._draw_plain(hidden_TD, batch)
-        if not batch.logits_batches:
+        if batch.written_out is None:
             return token_ids, logprobs, None
         drawn: list[tuple[int, float, TokenDetail | None]] = [(0, 0.0, None)] * batch.num_samples
         for place, token_id, logprob in zip(batch.plain_places, token_ids, logprobs, strict=True):
             drawn[place] = token_id, logprob, None
-        for part in batch.logits_batches:
+        for part in batch.logits_batches():
             for place, one in zip(part.places, self._draw_from_logits(hidden_TD, part), strict=True):
                 drawn[place] = one
         token_ids, logprobs, details = map(list, zip(*drawn, strict=True))
@@ -61,8 +59,11 @@ class Sampler:
         result = truncated_sample(logits_RV.cpu(), batch.draws, batch.options, max(batch.num_top))
         columns = (result.token_ids, result.logprobs, result.raw_logprobs, result.kept_mass)
         listed = (result.top_ids, result.top_logprobs)
-        rows = zip(batch.num_top, *(column.tolist() for column in (*columns, *listed)), strict=True)
-        for num_top, token_id, logprob, raw_logprob, kept_mass, top_ids, top in rows:
+        positions = batch.draws[2].tolist()
+        rows = zip(batch.samples, positions, *(column.tolist() for column in (*columns, *listed)), strict=True)
+        for sample, position, token_id, logprob, raw_logprob, kept_mass, top_ids, top in rows:
+            num_top = sample.rules.num_top
+            sample.note_drawn(position, token_id)
             top_logprobs = _top_logprobs(top_ids[:num_top], top[:num_top], token_id, logprob)
             yield token_id, logprob, TokenDetail(raw_logprob, kept_mass, top_logprobs)
 

@@ -4,6 +4,11 @@ There is no prefill and no decode: every request's `num_computed_tokens` chases 
 is dealt out each step, to running requests first and then to waiting ones. Both queues are kept in one order
 (priority, arrival, sample). So when blocks run out the victim is always the tail of the running requests, which the
 step has not reached yet, and the first of them always goes on: nothing starves and nothing deadlocks.
+
+A step may be planned while the one before runs. Tokens that it draws are pending then: counted, but not known. A
+request goes on from its pending token, which the model runner fills in; whoever turns out to have stopped drew a token
+too many, which is dropped. Steps run in the order of their plans, so blocks may change hands while a step still uses
+them.
 """
 
 from __future__ import annotations
@@ -34,6 +39,14 @@ class SchedulerConfig(Protocol):
     def long_prefill_token_threshold(self) -> int: ...
     @property
     def max_model_len(self) -> int | None: ...
+    @property
+    def num_scheduler_steps(self) -> int: ...
+
+
+MAX_STEPS_UNDER_WAY = 2
+
+Admission = Literal["all", "started"]
+"""Who may leave the queue: anyone, or only those that have run before."""
 
 
 @dataclass(slots=True)
@@ -41,9 +54,27 @@ class _Plan:
     """A step being put together."""
 
     token_budget: int
+    num_steps: int = 1
     scheduled: list[ScheduledRequest] = field(default_factory=list)
     block_copies: list[tuple[int, int]] = field(default_factory=list)
     num_promised_blocks: int = 0  # that the scheduled requests still need before all of them decode
+
+
+class _Drawn:
+    """The tokens that a step has drawn, taken one by one."""
+
+    def __init__(self, output: ModelRunnerOutput) -> None:
+        self.policy_version = output.policy_version
+        details = output.details or [None] * len(output.token_ids)
+        self._rest = iter(zip(output.token_ids, output.logprobs, details, strict=True))
+
+    def take(self) -> tuple[int, float, TokenDetail | None]:
+        drawn = next(self._rest, None)
+        assert drawn is not None, "fewer tokens than samples"
+        return drawn
+
+    def check_all_taken(self) -> None:
+        assert next(self._rest, None) is None, "more tokens than samples"
 
 
 class Scheduler:
@@ -57,6 +88,8 @@ class Scheduler:
         self.max_num_seqs = config.max_num_seqs
         self.max_num_batched_tokens = config.max_num_batched_tokens
         self.max_tokens_per_request = config.long_prefill_token_threshold or config.max_num_batched_tokens
+        self.max_steps = config.num_scheduler_steps
+        self.admission: Admission = "all"
         self.running: list[Request] = []
         self.waiting: list[Request] = []
         self.num_preemptions = 0
@@ -68,26 +101,34 @@ class Scheduler:
         self._unfinished: dict[str, list[Request]] = {}
         self._num_seats_taken = 0
         self._num_arrivals = 0
-        self._is_step_under_way = False
+        self._num_steps_under_way = 0
 
     # Requests come and go
 
-    def add(self, leader: Request) -> None:
-        """Queues a request with all its samples.
+    def add(self, leader: Request, *more: Request) -> None:
+        """Queues a request with all its samples. `more`: those of them that go on from tokens of their own.
 
         Raises:
             ValueError: for an id in use, or a request that could never be served however long it waited.
         """
         self._check_can_be_served(leader)
-        samples = [leader, *leader.siblings]
+        samples = [sample for entry in (leader, *more) for sample in (entry, *entry.siblings)]
         for sample in samples:
             sample.arrival = self._num_arrivals
         self._num_arrivals += 1
         self._unfinished[leader.request_id] = samples
-        insort(self.waiting, leader, key=_order)
+        for entry in (leader, *more):
+            insort(self.waiting, entry, key=_order)
 
     def has_unfinished(self) -> bool:
         return bool(self._unfinished)
+
+    def unfinished_ids(self) -> set[str]:
+        return set(self._unfinished)
+
+    def started_requests(self) -> list[str]:
+        """Ids of the unfinished requests of which a sample has begun to run."""
+        return [name for name, samples in self._unfinished.items() if any(sample.has_started for sample in samples)]
 
     def abort(self, request_ids: Iterable[str]) -> list[Completion]:
         """Ends every unfinished sample of these requests; they come back with what they have, in order of arrival.
@@ -113,7 +154,7 @@ class Scheduler:
         `keep`: they go on with blocks of the old weights, which are never shared again; the tokens drawn from now on
         are marked inexact.
         """
-        assert not self._is_step_under_way, "weights may change only between two steps"
+        assert not self._num_steps_under_way, "weights may change only between two steps"
         if mode not in ("recompute", "keep"):
             raise ValueError(f"mode={mode!r} must be 'recompute' or 'keep'")
         self.kv_cache.weights_checksum = checksum
@@ -125,41 +166,55 @@ class Scheduler:
             request.has_mixed_kv = True
         return num_dropped_tokens
 
-    def abandon_step(self) -> None:
-        """The step under way failed: nobody knows which blocks it wrote, so none is used again."""
+    def abandon_steps(self) -> None:
+        """A step under way failed: nobody knows which blocks it and later ones wrote, so none is used again."""
+        for samples in self._unfinished.values():
+            for sample in samples:
+                sample.forget_pending()
         self._requeue_running()
         self.block_pool.reset_prefix_cache()
-        self._is_step_under_way = False
+        self._num_steps_under_way = 0
+
+    def reset_prefix_cache(self, preempt_running: bool = False) -> bool:
+        """Forgets what blocks contain; whether nothing of it is left in use.
+
+        preempt_running: running requests give back their blocks too and wait again, in the order they had.
+        """
+        assert not self._num_steps_under_way, "the prefix cache may be reset only between two steps"
+        if preempt_running:
+            self._requeue_running()
+        self.block_pool.reset_prefix_cache()
+        return not self.running
 
     # A step
 
     def schedule(self) -> SchedulerOutput:
-        """Plans the next step; empty only where no request is unfinished."""
-        assert not self._is_step_under_way, "the last step's output has not been taken in"
-        plan = _Plan(self.max_num_batched_tokens)
+        """Plans the next step, which may be while one runs. Empty only where nothing can go on before a step under way
+        has been taken in, no request is unfinished, or none is admitted.
+        """
+        assert self._num_steps_under_way < MAX_STEPS_UNDER_WAY, "the oldest step's output has not been taken in"
+        plan = _Plan(self.max_num_batched_tokens, self._num_steps_of_cycle())
         num_preemptions = self.num_preemptions
         self._schedule_running(plan)
         if self.num_preemptions == num_preemptions:
             self._schedule_waiting(plan)
-        assert plan.scheduled or not self._unfinished, "requests are unfinished but none can be scheduled"
+        assert plan.scheduled or self._may_be_empty(), "requests are unfinished but none can be scheduled"
         return self._launch(plan)
 
     def update_from_output(self, scheduled: SchedulerOutput, output: ModelRunnerOutput) -> StepOutput:
-        """Appends the drawn tokens, forks groups whose prompt is complete, and ends whoever reached a stop."""
-        num_samples = sum([len(entry.samples) for entry in scheduled.scheduled])
-        assert num_samples == len(output.token_ids) == len(output.logprobs), "not one token for each sample"
-        self._is_step_under_way = False
-        policy_version = output.policy_version
-        details = output.details or [None] * num_samples
-        drawn = zip(output.token_ids, output.logprobs, details, strict=True)
+        """Appends the tokens that the oldest step under way has drawn, and ends whoever reached a stop.
+
+        What is drawn for a sample that has ended meanwhile is dropped.
+        """
+        drawn = _Drawn(output)
+        self._num_steps_under_way -= 1
         step = StepOutput()
-        for entry in scheduled.scheduled:
-            if entry.samples and entry.request.siblings:
-                self._fork(entry.request)
-            for sample in entry.samples:
-                token_id, logprob, detail = next(drawn)
-                if sample.status is RequestStatus.RUNNING:  # else aborted while the step ran
-                    self._take_token(sample, token_id, logprob, policy_version, detail, step)
+        for number in range(scheduled.num_steps):
+            for entry in scheduled.scheduled:
+                if number < entry.num_steps:
+                    for sample in entry.samples:
+                        self._take_token(sample, drawn, step)
+        drawn.check_all_taken()
         self.num_generated_tokens += len(step.new_tokens)
         if step.finished:
             self._drop_finished()
@@ -192,48 +247,89 @@ class Scheduler:
         while position < len(running) and plan.token_budget > 0:
             request = running[position]
             num_tokens = self._share(request, plan)
-            if not self._make_room(request, num_tokens, plan):
-                return  # it was the tail itself
-            self._plan(request, num_tokens, plan)
+            if num_tokens:
+                num_steps = self._num_steps_of(request, plan) if plan.num_steps > 1 else 1
+                if not self._make_room(request, num_tokens + num_steps - 1, plan):
+                    return  # it was the tail itself
+                self._plan(request, num_tokens, plan, num_steps)
             position += 1
 
     def _schedule_waiting(self, plan: _Plan) -> None:
         """Admits from the head of the queue only: who does not fit is waited for, so nobody is overtaken for ever."""
-        while self.waiting and plan.token_budget > 0:
-            request = self.waiting[0]
-            if self._num_seats_taken + request.num_seats > self.max_num_seqs:
+        place = 0
+        while place < len(self.waiting) and plan.token_budget > 0:
+            request = self.waiting[place]
+            if self.admission == "started" and not request.has_started:
+                place += 1
+                continue
+            if self._num_seats_taken + request.num_seats > self.max_num_seqs or request.num_pending_tokens:
                 return
             cached_block_ids = self.kv_cache.find_cached_blocks(request)
             if not self._can_admit(request, cached_block_ids, plan):
                 return
-            self._admit(request, cached_block_ids)
+            self._admit(place, cached_block_ids)
             num_tokens = self._share(request, plan)
             self.kv_cache.extend(request, request.num_computed_tokens + num_tokens)
             self._plan(request, num_tokens, plan)
 
-    def _share(self, request: Request, plan: _Plan) -> int:
-        num_missing_tokens = len(request.token_ids) - request.num_computed_tokens
-        return min(num_missing_tokens, self.max_tokens_per_request, plan.token_budget)
+    def _num_steps_of_cycle(self) -> int:
+        """Several where all decode and nobody waits; else one."""
+        if self.max_steps == 1 or self.waiting:
+            return 1
+        all_decode = all(request.num_missing_tokens == 1 and not request.siblings for request in self.running)
+        return self.max_steps if all_decode else 1
 
-    def _plan(self, request: Request, num_tokens: int, plan: _Plan) -> None:
-        start = request.num_computed_tokens
+    def _num_steps_of(self, request: Request, plan: _Plan) -> int:
+        """Its steps of the cycle: none beyond the tokens it may have."""
+        num_tokens = len(request.token_ids) + request.num_pending_tokens
+        num_left = min(request.num_prompt_tokens + request.params.max_tokens, self.max_model_len) - num_tokens
+        return min(plan.num_steps, num_left)
+
+    def _may_be_empty(self) -> bool:
+        return bool(self._num_steps_under_way) or not self._unfinished or self.admission != "all"
+
+    def _share(self, request: Request, plan: _Plan) -> int:
+        """Tokens that it computes in this step: none where those under way will end it."""
+        if request.num_pending_tokens and request.ends_with_pending(self.max_model_len):
+            return 0
+        return min(request.num_missing_tokens, self.max_tokens_per_request, plan.token_budget)
+
+    def _plan(self, request: Request, num_tokens: int, plan: _Plan, num_steps: int = 1) -> None:
+        start, num_known_tokens = request.num_computed_tokens, len(request.token_ids)
         end = start + num_tokens
-        is_complete = end == len(request.token_ids)
+        is_complete = num_tokens == request.num_missing_tokens
         samples = (request, *request.siblings) if is_complete else ()
-        plan.scheduled.append(ScheduledRequest(request=request, start=start, num_tokens=num_tokens, samples=samples))
+        source = request.draw_place if end > num_known_tokens else -1
+        plan.scheduled.append(ScheduledRequest(request, start, num_tokens, samples, source, num_steps))
         plan.token_budget -= num_tokens
         if not is_complete or request.siblings:
             plan.num_promised_blocks += self._num_promised_blocks(request)
-        request.num_computed_tokens = end
-        self.kv_cache.register_full_blocks(request, start, end)
+        request.num_computed_tokens = end + num_steps - 1
+        for sample in samples:
+            sample.num_pending_tokens += num_steps
+        self.kv_cache.register_full_blocks(request, start, min(end, num_known_tokens))
 
     def _launch(self, plan: _Plan) -> SchedulerOutput:
+        """Counts the step as under way; groups whose prompt it completes fork."""
         num_scheduled_tokens = self.max_num_batched_tokens - plan.token_budget
-        self.num_steps += bool(plan.scheduled)
+        num_steps = max([entry.num_steps for entry in plan.scheduled], default=1) if plan.num_steps > 1 else 1
+        self.num_steps += num_steps if plan.scheduled else 0
         self.num_scheduled_tokens += num_scheduled_tokens
-        self._is_step_under_way = bool(plan.scheduled)
+        if num_steps > 1:
+            self.num_scheduled_tokens += sum([entry.num_steps - 1 for entry in plan.scheduled])
+        self._num_steps_under_way += bool(plan.scheduled)
+        place = 0
+        for entry in plan.scheduled:
+            for sample in entry.samples:
+                sample.draw_place = place
+                place += 1
+            if len(entry.samples) > 1:
+                self._fork(entry.request)
         return SchedulerOutput(
-            scheduled=plan.scheduled, block_copies=plan.block_copies, num_scheduled_tokens=num_scheduled_tokens
+            scheduled=plan.scheduled,
+            block_copies=plan.block_copies,
+            num_scheduled_tokens=num_scheduled_tokens,
+            num_steps=num_steps,
         )
 
     def _make_room(self, request: Request, num_tokens: int, plan: _Plan) -> bool:
@@ -253,7 +349,6 @@ class Scheduler:
 
     def _check_can_be_served(self, leader: Request) -> None:
         name, num_prompt_tokens, params = leader.request_id, leader.num_prompt_tokens, leader.params
-        assert leader.num_seats == params.n, "the leader must come with its siblings"
         if name in self._unfinished:
             raise ValueError(f"request id {name!r} is in use by an unfinished request; give every request its own id")
         if num_prompt_tokens == 0:
@@ -300,9 +395,9 @@ class Scheduler:
             num_needed += plan.num_promised_blocks + len(request.siblings) + len(self.running)
         return num_needed <= pool.num_free_blocks
 
-    def _admit(self, request: Request, cached_block_ids: list[int]) -> None:
+    def _admit(self, place: int, cached_block_ids: list[int]) -> None:
+        request = self.waiting.pop(place)
         assert request.num_computed_tokens == 0, f"{request} waits but has computed tokens"
-        del self.waiting[0]
         self.kv_cache.adopt(request, cached_block_ids)
         request.status = RequestStatus.RUNNING
         insort(self.running, request, key=_order)
@@ -312,6 +407,8 @@ class Scheduler:
 
     def _preempt_tail(self) -> Request:
         victim = self.running.pop()
+        if victim.num_pending_tokens and victim.has_mixed_kv:
+            victim.is_exact = False  # its token under way is drawn on old keys and values
         self._release(victim)
         victim.status = RequestStatus.PREEMPTED
         victim.num_preemptions += 1
@@ -345,20 +442,24 @@ class Scheduler:
         place = bisect_left(self.running, leader.order, key=_order) + 1
         self.running[place:place] = siblings
 
-    def _take_token(
-        self,
-        sample: Request,
-        token_id: int,
-        logprob: float,
-        policy_version: int,
-        detail: TokenDetail | None,
-        step: StepOutput,
-    ) -> None:
-        sample.append_token(token_id, logprob, policy_version, detail)
-        step.new_tokens.append(NewToken(sample.request_id, sample.index, token_id, logprob, policy_version))
+    def _take_token(self, sample: Request, drawn: _Drawn, step: StepOutput) -> None:
+        token_id, logprob, detail = drawn.take()
+        sample.num_pending_tokens -= 1
+        if sample.status is RequestStatus.FINISHED:  # stopped or aborted while the step ran
+            return
+        sample.append_token(token_id, logprob, drawn.policy_version, detail)
+        step.new_tokens.append(NewToken(sample.request_id, sample.index, token_id, logprob, drawn.policy_version))
         if sample.check_stop(self.max_model_len):
             self._finish(sample)
             step.finished.append(sample.to_completion())
+        elif sample.num_pending_tokens:
+            self._register_known_block(sample)
+
+    def _register_known_block(self, sample: Request) -> None:
+        """A block that was filled by a token not yet known then can be found from now on."""
+        num_tokens = len(sample.token_ids)
+        if num_tokens % self.block_pool.block_size == 0 and num_tokens <= sample.num_computed_tokens:
+            self.kv_cache.register_full_blocks(sample, num_tokens - 1, num_tokens)
 
     def _finish(self, sample: Request) -> None:
         if sample.status is RequestStatus.RUNNING:
@@ -397,7 +498,9 @@ class Scheduler:
     def _check_running(self, request: Request) -> None:
         num_tokens, num_computed_tokens = len(request.token_ids), request.num_computed_tokens
         assert request.status is RequestStatus.RUNNING, f"{request} is among the running"
-        assert num_computed_tokens <= num_tokens < self.max_model_len, f"{request}: lengths"
-        assert self._is_step_under_way or num_computed_tokens < num_tokens, f"{request} has nothing to compute"
+        assert num_tokens < self.max_model_len, f"{request}: lengths"
+        assert 0 <= request.num_pending_tokens <= MAX_STEPS_UNDER_WAY * self.max_steps, f"{request}: pending tokens"
+        assert self._num_steps_under_way or not request.num_pending_tokens, f"{request} waits for a token of no step"
+        assert request.num_missing_tokens > 0, f"{request} has nothing to compute"
         assert len(request.block_ids) == self.kv_cache.num_blocks(num_computed_tokens), f"{request}: blocks"
         assert request.num_output_tokens == len(request.logprobs) == len(request.policy_versions), f"{request}: output"

@@ -104,14 +104,14 @@ class EngineLoop:
             engine = self._build_engine()
             while True:
                 self._run_commands(engine)
-                if engine.has_unfinished():
+                if engine.can_step():
                     self._deliver(engine.step().finished)
         except BaseException as error:  # whatever it is, those who wait must hear of it
             self._end(error)
 
     def _run_commands(self, engine: Any) -> None:
         """Runs queued commands in order; waits for one while the engine has nothing to step."""
-        must_wait = not engine.has_unfinished()
+        must_wait = not engine.can_step()
         while True:
             try:
                 command, future = self._commands.get(block=must_wait)

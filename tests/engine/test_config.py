@@ -79,8 +79,8 @@ def test_unknown_option_names_the_nearest_and_all_others():
         ("kv_cache_dtype", "bfloat16"),  # with numerics float32
         ("kv_cache_dtype", "fp8"),
         ("device", "cuda"),
-        ("async_scheduling", True),
-        ("num_scheduler_steps", 2),
+        ("async_scheduling", "on"),
+        ("async_scheduling", 1),
         ("enable_prefix_caching", "yes"),
         ("enable_prefix_caching", 1),
     ],

@@ -188,6 +188,8 @@ SCHEDULES = st.fixed_dictionaries(
         "num_threads": st.integers(1, 4),
         "enable_prefix_caching": st.booleans(),
         "max_num_seqs": st.integers(3, 12),
+        "async_scheduling": st.booleans(),
+        "num_scheduler_steps": st.sampled_from([1, 1, 2, 4]),
     }
 )
 

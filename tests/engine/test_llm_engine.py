@@ -165,7 +165,7 @@ def test_a_step_that_fails_loses_no_request(
     engine.add_request("a", [5, 6, 7], params)
     engine.step()
     with monkeypatch.context() as patch:
-        patch.setattr(engine.model_runner, "execute_model", _interrupt)
+        patch.setattr(engine.model_runner, "execute", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             engine.step()
     engine.check_integrity()

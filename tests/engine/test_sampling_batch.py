@@ -26,7 +26,8 @@ def make_plan(*entries: tuple[Request, int, bool]) -> tuple[SchedulerOutput, lis
     scheduled, cu_seqlens = [], [0]
     for request, num_tokens, is_complete in entries:
         samples = (request, *request.siblings) if is_complete else ()
-        scheduled.append(ScheduledRequest(request=request, start=0, num_tokens=num_tokens, samples=samples))
+        start = request.num_tokens - num_tokens if is_complete else 0
+        scheduled.append(ScheduledRequest(request=request, start=start, num_tokens=num_tokens, samples=samples))
         cu_seqlens.append(cu_seqlens[-1] + num_tokens)
     return SchedulerOutput(scheduled=scheduled, block_copies=[], num_scheduled_tokens=cu_seqlens[-1]), cu_seqlens
 
@@ -56,9 +57,9 @@ def test_a_step_in_which_nobody_draws_has_no_columns():
 
 def test_positions_follow_the_completion():
     request = make_group()
-    plan = make_plan((request, 1, True))
     positions = []
     for _ in range(3):
+        plan = make_plan((request, 1, True))
         positions.append(SamplingBatch.from_plan(*plan).draws[2].item())
         request.append_token(1, -0.5, 0)
     assert positions == [0, 1, 2]
@@ -78,7 +79,7 @@ def test_each_sample_takes_the_road_of_its_own_parameters():
     assert list(batch.plain_places) == [1]
     assert batch.draws.tolist() == [[0], [2], [2], [0], [0]]
     assert batch.draws.is_contiguous()
-    (logits,) = batch.logits_batches
+    (logits,) = batch.logits_batches()
     assert logits.rows.tolist() == [0, 4, 7]
     assert logits.places == [0, 2, 3, 4]
     assert logits.num_top == [0, 4, 4, 5]
@@ -94,8 +95,8 @@ def test_each_sample_takes_the_road_of_its_own_parameters():
 def test_many_rows_of_logits_come_in_parts():
     plan = make_plan(*[(make_group(seed=i, n=2, top_p=0.5), 1, True) for i in range(MAX_LOGITS_ROWS + 3)])
     batch = SamplingBatch.from_plan(*plan)
-    assert [part.rows.numel() for part in batch.logits_batches] == [MAX_LOGITS_ROWS, 3]
-    first, last = batch.logits_batches
+    assert [part.rows.numel() for part in batch.logits_batches()] == [MAX_LOGITS_ROWS, 3]
+    first, last = batch.logits_batches()
     assert first.places + last.places == list(range(2 * MAX_LOGITS_ROWS + 6))
     assert last.rows.tolist() == [MAX_LOGITS_ROWS, MAX_LOGITS_ROWS + 1, MAX_LOGITS_ROWS + 2]
     assert last.draws[0].tolist() == [0, 0, 1, 1, 2, 2]
@@ -107,7 +108,7 @@ def test_lists_of_ids_go_with_their_draw():
     allowed = make_group(allowed_token_ids=[6, 5], presence_penalty=1.0, num_drawn=2)
     stopped = make_group(min_tokens=2, stop_token_ids=[8])
     plan = make_plan((biased, 1, True), (allowed, 1, True), (stopped, 1, True))
-    (logits,) = SamplingBatch.from_plan(*plan).logits_batches
+    (logits,) = SamplingBatch.from_plan(*plan).logits_batches()
     options = logits.options
     assert (options.biased.offsets.tolist(), options.biased.ids.tolist()) == ([0, 2, 2, 2], [4, 9])
     assert options.bias.tolist() == [-2.0, 1.5]

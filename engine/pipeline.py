@@ -1,0 +1,72 @@
+"""Pipeline: steps under way, in order. While one runs on a thread of its own, the next is scheduled and packed."""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from typing import Any, Protocol
+
+from engine.step_plan import ModelRunnerOutput, SchedulerOutput
+
+
+class Runner(Protocol):
+    """What carries out plans: `engine.model_runner.ModelRunner`, or a stand-in for a device."""
+
+    def prepare(self, plan: SchedulerOutput) -> Any:
+        """The host's part of a step, before it runs; the step before may still be running meanwhile."""
+
+    def execute(self, prepared: Any) -> ModelRunnerOutput:
+        """Runs a prepared step. Steps are executed in the order in which they were prepared."""
+
+
+class Pipeline:
+    """Carries out plans one after another: depth 1 at once, on the caller's thread; depth 2 on another, one ahead."""
+
+    def __init__(self, runner: Runner, depth: int) -> None:
+        self.runner, self.depth = runner, depth
+        self._under_way: deque[tuple[SchedulerOutput, Future[ModelRunnerOutput]]] = deque()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="lockstep-execute") if depth > 1 else None
+        self._has_failed = False
+
+    def __len__(self) -> int:
+        return len(self._under_way)
+
+    @property
+    def has_room(self) -> bool:
+        return len(self._under_way) < self.depth
+
+    def launch(self, plan: SchedulerOutput) -> None:
+        """Prepares the plan and runs it after those under way."""
+        prepared = self.runner.prepare(plan)
+        self._under_way.append((plan, self._submit(prepared)))
+
+    def take(self) -> tuple[SchedulerOutput, ModelRunnerOutput]:
+        """Waits for the oldest step: its plan and what came out. What the step raised is raised here."""
+        plan, future = self._under_way[0]
+        output = future.result()
+        self._under_way.popleft()
+        return plan, output
+
+    def clear(self) -> None:
+        """Waits for the step that runs and drops it and all later ones."""
+        self._has_failed = True
+        wait([future for _, future in self._under_way])
+        self._under_way.clear()
+        self._has_failed = False
+
+    def _submit(self, prepared: Any) -> Future[ModelRunnerOutput]:
+        if self._executor is not None:
+            return self._executor.submit(self._execute, prepared)
+        done: Future[ModelRunnerOutput] = Future()
+        done.set_result(self.runner.execute(prepared))
+        return done
+
+    def _execute(self, prepared: Any) -> ModelRunnerOutput:
+        """A step after one that failed would go on from tokens that do not exist."""
+        if self._has_failed:
+            raise CancelledError("an earlier step failed")
+        try:
+            return self.runner.execute(prepared)
+        except BaseException:
+            self._has_failed = True
+            raise
