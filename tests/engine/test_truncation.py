@@ -106,17 +106,17 @@ def test_seen_tokens_count_the_output_and_remember_the_prompt():
     params = SamplingParams(presence_penalty=0.5, n=2)
     leader = Request.create_group(request_id="r", prompt_token_ids=[5, 8, 5], params=params, seed=0)
     sibling = leader.siblings[0]
-    assert [column.tolist() for column in leader.seen_tokens()] == [[5, 8], [0, 0]]
+    assert [column.tolist() for column in leader.seen_tokens(leader.token_ids)] == [[5, 8], [0, 0]]
     for token_id in (8, 4, 8):
         leader.append_token(token_id, -1.0, 0)
     sibling.append_token(5, -1.0, 0)
-    assert [column.tolist() for column in leader.seen_tokens()] == [[5, 8, 4], [0, 2, 1]]
-    assert [column.tolist() for column in sibling.seen_tokens()] == [[5, 8], [1, 0]]
+    assert [column.tolist() for column in leader.seen_tokens(leader.token_ids)] == [[5, 8, 4], [0, 2, 1]]
+    assert [column.tolist() for column in sibling.seen_tokens(sibling.token_ids)] == [[5, 8], [1, 0]]
 
 
 def test_seen_tokens_are_not_counted_where_no_penalty_asks_for_them():
     request = Request.create_group(request_id="r", prompt_token_ids=[5], params=SamplingParams(top_p=0.5), seed=0)
-    assert request.seen_tokens()[0].size == 0
+    assert request.seen_tokens(request.token_ids)[0].size == 0
 
 
 def test_mistakes_are_named():
