@@ -36,6 +36,13 @@ class KVCacheManager:
         request.block_ids = cached_block_ids
         request.num_computed_tokens = request.num_cached_tokens = len(cached_block_ids) * self.block_pool.block_size
 
+    def has_blocks(self, request: Request, end: int) -> bool:
+        """Whether the request's tokens up to `end` go into blocks that it has, and no one else: the common case."""
+        block_ids, size = request.block_ids, self.block_pool.block_size
+        if end > len(block_ids) * size:
+            return False
+        return not request.num_computed_tokens % size or self.block_pool.ref_count(block_ids[-1]) == 1
+
     def has_room(self, request: Request, end: int) -> bool:
         """Whether there are blocks for the request's tokens up to `end`, one to copy a shared block into included."""
         num_missing_blocks = self.num_blocks(end) - len(request.block_ids) + self._writes_shared_block(request)

@@ -292,7 +292,10 @@ class Scheduler:
         """Tokens that it computes in this step: none where those under way will end it."""
         if request.num_pending_tokens and request.ends_with_pending(self.max_model_len):
             return 0
-        return min(request.num_missing_tokens, self.max_tokens_per_request, plan.token_budget)
+        num_missing_tokens = request.num_missing_tokens
+        if num_missing_tokens == 1:
+            return 1
+        return min(num_missing_tokens, self.max_tokens_per_request, plan.token_budget)
 
     def _plan(self, request: Request, num_tokens: int, plan: _Plan, num_steps: int = 1) -> None:
         start, num_known_tokens = request.num_computed_tokens, len(request.token_ids)
@@ -335,6 +338,8 @@ class Scheduler:
     def _make_room(self, request: Request, num_tokens: int, plan: _Plan) -> bool:
         """Blocks for a running request's next tokens, taken from the tail if they must be; False if it was the tail."""
         end = request.num_computed_tokens + num_tokens
+        if self.kv_cache.has_blocks(request, end):
+            return True
         while not self.kv_cache.has_room(request, end):
             if self._preempt_tail() is request:
                 return False
