@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 import warnings
@@ -53,6 +54,8 @@ class EngineActor:
         """Builds the engine and begins to step it."""
         self._loop = EngineLoop(lambda: _build_on_this_thread(config, build_engine))
         self._loop.start()
+        gc.collect()
+        gc.freeze()  # the model and its libraries live as long as the process: no collection need look at them again
         return self._loop.run(_describe)
 
     def submit(self, call_id: str, requests: Sequence[GroupRequest]) -> None:

@@ -65,6 +65,14 @@ def test_decode_among_others_equals_the_packed_forward(model, numerics):
 
 
 @no_gpu
+def test_steps_planned_ahead_and_cycles_of_steps_draw_the_same():
+    prompts, params = [prompt_of(5), prompt_of(3, seed=1)], SamplingParams(n=2, max_tokens=5, seed=5)
+    plain = interpreted(numerics="float32", async_scheduling=False).generate(prompts, params)
+    ahead = interpreted(numerics="float32", async_scheduling=True, num_scheduler_steps=2).generate(prompts, params)
+    assert [[bits(one) for one in group] for group in ahead] == [[bits(one) for one in group] for group in plain]
+
+
+@no_gpu
 def test_logprobs_are_near_those_of_the_cpu():
     params = SamplingParams(max_tokens=3, temperature=0.0)
     (ours,), (theirs,) = (

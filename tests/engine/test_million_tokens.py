@@ -1,8 +1,9 @@
 """A million sampled tokens: random schedules, each request alone, and the trainer's forward give the same bits.
 
-Engines of random settings (step budget, chunk limit, pool, block size, seats, threads, prefix cache) serve random
-requests (prompts, some with common beginnings; group sizes, temperatures, lengths, priorities) that arrive at random
-times and are now and then aborted. Every sample that comes out is compared, tokens and bits of log-probabilities, with
+Engines of random settings (step budget, chunk limit, pool, block size, seats, threads, prefix cache, asynchronous or
+not, steps of a cycle) serve random requests (prompts, some with common beginnings; group sizes, temperatures, lengths,
+priorities) that arrive at random times and are now and then aborted. Every sample that comes out is compared, tokens
+and bits of log-probabilities, with
 
 - its request alone: nothing else in the engine, no prefix cache, one thread, and a budget of one token, so that every
   step computes one row;
@@ -68,7 +69,9 @@ def test_a_million_tokens_of_random_schedules_equal_each_request_alone_and_the_t
 
 
 def engine_of_one_row(setting: Setting) -> LLMEngine:
-    return make_engine(setting, max_num_batched_tokens=1, enable_prefix_caching=False, num_threads=1)
+    return make_engine(
+        setting, max_num_batched_tokens=1, enable_prefix_caching=False, num_threads=1, async_scheduling=False
+    )
 
 
 def random_options(draw: random.Random) -> dict[str, Any]:
@@ -83,6 +86,8 @@ def random_options(draw: random.Random) -> dict[str, Any]:
         "max_num_seqs": draw.randrange(8, 100),
         "num_threads": draw.randrange(1, 5),
         "enable_prefix_caching": draw.random() < 0.7,
+        "async_scheduling": draw.random() < 0.5,
+        "num_scheduler_steps": draw.choice([1, 1, 2, 5]),
     }
 
 
