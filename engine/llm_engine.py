@@ -73,6 +73,7 @@ class LLMEngine:
         self._pipeline = Pipeline(self.model_runner, depth=MAX_STEPS_UNDER_WAY if self.config.is_async else 1)
         self._undelivered = StepOutput()  # of steps that were taken in between two calls of `step`
         self._paused: PauseMode | None = None
+        self._is_updating = False
         self._num_calls = 0
 
     @property
@@ -228,17 +229,25 @@ class LLMEngine:
         `digests` of tensors that were verified beforehand spare reading them twice (see `Transformer.load_weights`).
 
         Raises:
-            ValueError: for an unknown mode or version, `wait` in a paused engine, or weights that
-                `Transformer.load_weights` refuses; the engine then goes on under the old ones.
+            ValueError: for an unknown mode or version, `wait` in a paused engine, an update within another, or weights
+                that `Transformer.load_weights` refuses; the engine then goes on under the old ones.
         """
         if mode not in get_args(UpdateMode):
             raise ValueError(f"mode={mode!r} must be 'recompute', 'keep', 'wait' or 'abort'")
+        if self._is_updating:
+            raise ValueError(
+                f"policy_version={policy_version!r} cannot be taken while another update runs: its tensors come first"
+            )
         if not isinstance(policy_version, int) or not 0 <= policy_version <= MAX_POLICY_VERSION:
             raise ValueError(f"policy_version={policy_version!r} must be an integer from 0 to {MAX_POLICY_VERSION}")
         self._drain()
         if mode == "wait":
             self._finish_started()
-        self.weights_checksum = self.model_runner.load_weights(named_tensors, policy_version, digests)
+        self._is_updating = True
+        try:
+            self.weights_checksum = self.model_runner.load_weights(named_tensors, policy_version, digests)
+        finally:
+            self._is_updating = False
         if mode == "abort":
             self._undelivered.finished += self.scheduler.abort(self.scheduler.started_requests())
         num_dropped_tokens = self.scheduler.set_weights(
@@ -259,6 +268,8 @@ class LLMEngine:
 
     def _launch_steps(self) -> None:
         """Plans as many steps as may be under way, and starts them."""
+        if self._is_updating:
+            raise ValueError("the engine cannot step while its weights change: the tensors' iterator called it")
         while self._pipeline.has_room and self._paused in (None, "wait"):
             with self._abandoning_on_failure():
                 plan = self.scheduler.schedule()

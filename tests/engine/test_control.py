@@ -261,6 +261,23 @@ def test_wrong_updates_are_refused_and_the_engine_goes_on(engine, setting, expec
     assert bits(drain(engine, ["a"])["a"][0]) == bits(expected)
 
 
+@pytest.mark.parametrize(("call", "message"), [("update", "another update runs"), ("step", "while its weights change")])
+def test_tensors_that_use_the_engine_while_it_takes_them_are_refused(engine, setting, expected, call, message):
+    weights = perturbed(setting, 0.02)
+
+    def tensors():
+        for name, tensor in weights.items():
+            engine.update_weights(weights, 1) if call == "update" else engine.step()
+            yield name, tensor
+
+    engine.add_request("a", prompt_of(0), PARAMS)
+    step_times(engine, 3)
+    with pytest.raises(ValueError, match=message):
+        engine.update_weights(tensors(), 1)
+    assert engine.policy_version == 0
+    assert bits(drain(engine, ["a"])["a"][0]) == bits(expected)
+
+
 # The prefix cache
 
 

@@ -76,9 +76,13 @@ def check_each_token_under_its_version(
     return stamped
 
 
-def test_an_update_meets_preemption_and_a_small_pool(tiny_setting: Setting) -> None:
+@pytest.mark.parametrize(("is_async", "num_steps"), [(False, 1), (True, 1), (True, 4)])
+def test_an_update_meets_preemption_and_a_small_pool(tiny_setting: Setting, is_async: bool, num_steps: int) -> None:
     versions = {0: dict(iter_weights(tiny_setting.model_dir)), 1: perturbed(tiny_setting, 0.01)}
-    engine = make_engine(tiny_setting, num_blocks=12, max_num_batched_tokens=30)
+    engine = make_engine(
+        tiny_setting, num_blocks=12, max_num_batched_tokens=30, async_scheduling=is_async,
+        num_scheduler_steps=num_steps,
+    )  # fmt: skip
     params = SamplingParams(n=3, max_tokens=40, seed=4, ignore_eos=True)
     prompts = {f"r{i}": prompt_of(i) for i in range(3)}
     for request_id, prompt in prompts.items():
