@@ -81,7 +81,19 @@ class EngineActor:
     def commit_weights(self, sync_id: str, policy_version: int, mode: SyncMode) -> CommitReport:
         """Second phase, between two steps: copies what was staged into the engine's storage."""
         staged = self._staging.take(sync_id)
+        if mode == "wait":
+            return self._commit_when_finished(staged, policy_version)
         return self._loop.run(lambda engine: _update_weights(engine, staged, policy_version, mode))
+
+    def _commit_when_finished(self, staged: StagedWeights, policy_version: int) -> CommitReport:
+        """Requests that have begun end first, while the loop goes on serving other commands."""
+        self._loop.run(lambda engine: engine.pause("wait"))
+        try:
+            while self._loop.run(lambda engine: engine.can_step()):
+                pass  # answered after every step
+            return self._loop.run(lambda engine: _update_weights(engine, staged, policy_version, "recompute"))
+        finally:
+            self._loop.run(lambda engine: engine.resume())
 
     def stats(self) -> EngineStats:
         return self._loop.run(lambda engine: engine.stats())

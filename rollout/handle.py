@@ -120,7 +120,9 @@ class PoolHandle:
 
         `named_tensors` is a mapping or a one-shot iterator of (Hugging Face name, tensor), complete; values are synced
         as float32. `mode` says what becomes of running requests: "recompute" keeps their tokens and computes their KV
-        anew (exact), "keep" goes on with the KV they have (their rollouts are marked inexact).
+        anew (exact), "keep" goes on with the KV they have (their rollouts are marked inexact), "wait" lets them end
+        under the old weights before an engine switches (exact), "abort" ends them with what they have. Requests that
+        have not begun are drawn under the new weights in each mode.
 
         All engines switch or none does. Raises ValueError, with every engine on its old version, for a version that
         does not increase and for tensors that are missing, unexpected, misshapen or not finite; EngineError if an

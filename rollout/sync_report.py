@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-SyncMode = Literal["recompute", "keep"]
+from engine.llm_engine import UpdateMode
+
+SyncMode = UpdateMode
+"""What becomes of running requests; see `PoolHandle.sync_weights`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

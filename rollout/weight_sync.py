@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import get_args
 
 import numpy as np
 import torch
 
-from engine.llm_engine import MAX_POLICY_VERSION
+from engine.llm_engine import MAX_POLICY_VERSION, UpdateMode
 from engine.model import EMBEDDING, LM_HEAD, NamedTensors
 from kernels.checksum import combine_digests, digest_and_scan, tensor_digest
 
-SYNC_MODES = ("recompute", "keep")
+SYNC_MODES = get_args(UpdateMode)
 BUCKET_BYTES = 256 * 2**20
 
 
@@ -25,12 +26,12 @@ class WeightBucket:
 
 
 def check_sync_options(policy_version: int, mode: str) -> None:
-    """ValueError for a policy version that is no such number, or a mode that this version of the service lacks."""
+    """ValueError for a policy version that is no such number, or an unknown mode."""
     is_integer = isinstance(policy_version, int) and not isinstance(policy_version, bool)
     if not is_integer or not 0 <= policy_version <= MAX_POLICY_VERSION:
         raise ValueError(f"policy_version={policy_version!r} must be an integer from 0 to {MAX_POLICY_VERSION}")
     if mode not in SYNC_MODES:
-        raise ValueError(f"mode={mode!r} is not available in this version: use 'recompute' (exact) or 'keep' (inexact)")
+        raise ValueError(f"mode={mode!r} must be one of {', '.join(map(repr, SYNC_MODES))}")
 
 
 class WeightSender:

@@ -99,7 +99,7 @@ def test_a_refused_sync_leaves_every_engine_on_the_old_version(pool, versions, m
         (0, "recompute", "greater than"),
         ("1", "recompute", "integer"),
         (2**40, "recompute", "integer"),
-        (99, "wait", "mode"),
+        (99, "soon", "mode='soon' must be one of 'recompute', 'keep', 'wait', 'abort'"),
     ],
 )
 def test_a_sync_that_makes_no_sense_is_refused_before_a_tensor_is_read(pool, version, mode, message):
@@ -161,6 +161,35 @@ def test_keep_goes_on_and_says_that_it_is_inexact(pool, versions, make_weights):
     mixed = [r for r in rollouts if len(set(r.policy_versions)) > 1]
     assert mixed
     assert not any(r.is_exact for r in mixed)
+
+
+def test_waiting_ends_what_has_begun_under_the_old_version(pool, versions, make_weights):
+    old, new = versions.next(), versions.next()
+    pool.sync_weights(make_weights(1), old)
+    stream = pool.stream(PROMPTS, LONG)
+    wait_until_running(pool)
+    report = pool.sync_weights(make_weights(2), new, mode="wait")
+    assert report.is_lockstep
+    assert report.num_recomputed_tokens == 0
+    rollouts = [rollout for group in stream for rollout in group]
+    assert all(len(set(rollout.policy_versions)) == 1 and rollout.is_exact for rollout in rollouts)
+    assert all(len(rollout.token_ids) == LONG.max_tokens for rollout in rollouts)
+    assert any(rollout.policy_versions[0] == old for rollout in rollouts)
+    assert {r.policy_versions[0] for group in pool.generate(PROMPTS[:2]) for r in group} == {new}
+
+
+def test_aborting_hands_back_what_has_begun_and_draws_the_rest_under_the_new_version(pool, versions, make_weights):
+    old, new = versions.next(), versions.next()
+    pool.sync_weights(make_weights(1), old)
+    stream = pool.stream(PROMPTS, LONG)
+    wait_until_running(pool)
+    assert pool.sync_weights(make_weights(2), new, mode="abort").is_lockstep
+    rollouts = [rollout for group in stream for rollout in group]
+    assert len(rollouts) == len(PROMPTS) * LONG.n
+    ended = [rollout for rollout in rollouts if rollout.finish_reason == "abort"]
+    assert ended
+    assert all(set(rollout.policy_versions) <= {old} for rollout in ended)
+    assert all(set(r.policy_versions) == {new} for r in rollouts if r.finish_reason == "length" and r not in ended)
 
 
 def test_two_syncs_at_once_leave_the_engines_in_lockstep(pool, versions, make_weights):
