@@ -15,6 +15,7 @@ import torch
 from exactness_checks import TINY, prompt_of
 
 from engine import Completion, EngineConfig, LLMEngine, SamplingParams
+from kernels.profiles import PROFILES
 
 AXES: dict[str, tuple[Any, ...]] = {
     "is_async": (False, True),
@@ -70,16 +71,16 @@ def model_dir(tiny_model_dir) -> Path:
     return tiny_model_dir("llama", **TINY)
 
 
-def make_engine(model_dir: Path, **options: Any) -> LLMEngine:
+def make_engine(model_dir: Path, numerics: str, **options: Any) -> LLMEngine:
     options = {"num_blocks": 600, "num_threads": 2, "async_scheduling": False, **options}
-    return LLMEngine(EngineConfig(str(model_dir), **options))
+    return LLMEngine(EngineConfig(str(model_dir), numerics=numerics, **options))
 
 
 @cache
-def expected_groups(model_dir: Path) -> Groups:
+def expected_groups(model_dir: Path, numerics: str) -> Groups:
     """Each request in an engine that does nothing else, without any of it."""
     return [
-        make_engine(model_dir, enable_prefix_caching=False).generate([prompt], params)[0]
+        make_engine(model_dir, numerics, enable_prefix_caching=False).generate([prompt], params)[0]
         for prompt, params in zip(PROMPTS, PARAMS, strict=True)
     ]
 
@@ -123,10 +124,11 @@ def cut(completion: Completion, number: int) -> Completion:
     return replace(completion, finish_reason="abort", stop_reason=None, text="", **shorter)
 
 
-def check(model_dir: Path, combination: Mapping[str, Any]) -> None:
-    expected = expected_groups(model_dir)
+def check(model_dir: Path, numerics: str, combination: Mapping[str, Any]) -> None:
+    expected = expected_groups(model_dir, numerics)
     engine = make_engine(
         model_dir,
+        numerics,
         async_scheduling=combination["is_async"],
         num_scheduler_steps=combination["num_steps"],
         max_num_batched_tokens=combination["chunk"],
@@ -168,13 +170,14 @@ def check(model_dir: Path, combination: Mapping[str, Any]) -> None:
 
 @pytest.mark.parametrize("combination", all_pairs(), ids=label)
 def test_every_pair_of_ways_to_run_gives_the_same_bits(model_dir, combination):
-    check(model_dir, combination)
+    check(model_dir, "float32", combination)
 
 
 @pytest.mark.slow
-def test_every_combination_of_ways_to_run_gives_the_same_bits(model_dir):
+@pytest.mark.parametrize("numerics", PROFILES)
+def test_every_combination_of_ways_to_run_gives_the_same_bits(model_dir, numerics):
     for combination in product():
-        check(model_dir, combination)
+        check(model_dir, numerics, combination)
 
 
 def test_all_pairs_meet():
