@@ -19,11 +19,12 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Literal, Protocol
 
+from engine.admission import check_can_be_served
 from engine.block_pool import BlockPool
 from engine.kv_cache_manager import KVCacheManager
-from engine.outputs import Completion, EngineStats, NewToken, StepOutput, TokenDetail
+from engine.outputs import Completion, EngineStats, NewToken, StepOutput
 from engine.request import Request, RequestStatus
-from engine.step_plan import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
+from engine.step_plan import DrawnTokens, ModelRunnerOutput, ScheduledRequest, SchedulerOutput
 
 _order = attrgetter("order")
 
@@ -60,23 +61,6 @@ class _Plan:
     num_promised_blocks: int = 0  # that the scheduled requests still need before all of them decode
 
 
-class _Drawn:
-    """The tokens that a step has drawn, taken one by one."""
-
-    def __init__(self, output: ModelRunnerOutput) -> None:
-        self.policy_version = output.policy_version
-        details = output.details or [None] * len(output.token_ids)
-        self._rest = iter(zip(output.token_ids, output.logprobs, details, strict=True))
-
-    def take(self) -> tuple[int, float, TokenDetail | None]:
-        drawn = next(self._rest, None)
-        assert drawn is not None, "fewer tokens than samples"
-        return drawn
-
-    def check_all_taken(self) -> None:
-        assert next(self._rest, None) is None, "more tokens than samples"
-
-
 class Scheduler:
     """Owns every unfinished request. A step is `schedule()`, its execution, `update_from_output()`."""
 
@@ -111,7 +95,8 @@ class Scheduler:
         Raises:
             ValueError: for an id in use, or a request that could never be served however long it waited.
         """
-        self._check_can_be_served(leader)
+        self._check_id(leader.request_id)
+        check_can_be_served(leader, self.block_pool, max_model_len=self.max_model_len, max_num_seqs=self.max_num_seqs)
         samples = [sample for entry in (leader, *more) for sample in (entry, *entry.siblings)]
         for sample in samples:
             sample.arrival = self._num_arrivals
@@ -119,6 +104,10 @@ class Scheduler:
         self._unfinished[leader.request_id] = samples
         for entry in (leader, *more):
             insort(self.waiting, entry, key=_order)
+
+    def _check_id(self, name: str) -> None:
+        if name in self._unfinished:
+            raise ValueError(f"request id {name!r} is in use by an unfinished request; give every request its own id")
 
     def has_unfinished(self) -> bool:
         return bool(self._unfinished)
@@ -206,7 +195,7 @@ class Scheduler:
 
         What is drawn for a sample that has ended meanwhile is dropped.
         """
-        drawn = _Drawn(output)
+        drawn = DrawnTokens(output)
         self._num_steps_under_way -= 1
         step = StepOutput()
         for number in range(scheduled.num_steps):
@@ -352,40 +341,6 @@ class Scheduler:
 
     # Admission and preemption
 
-    def _check_can_be_served(self, leader: Request) -> None:
-        name, num_prompt_tokens, params = leader.request_id, leader.num_prompt_tokens, leader.params
-        if name in self._unfinished:
-            raise ValueError(f"request id {name!r} is in use by an unfinished request; give every request its own id")
-        if num_prompt_tokens == 0:
-            raise ValueError(f"request {name!r} has an empty prompt; it needs at least one token")
-        if num_prompt_tokens >= self.max_model_len:
-            raise ValueError(
-                f"request {name!r} has a prompt of {num_prompt_tokens} tokens, which leaves no room for a completion "
-                f"in max_model_len={self.max_model_len}; shorten the prompt"
-            )
-        if params.n > self.max_num_seqs:
-            raise ValueError(
-                f"request {name!r} has n={params.n} samples, more than max_num_seqs={self.max_num_seqs}; "
-                "ask for fewer samples or raise max_num_seqs"
-            )
-        if params.stop and leader.detokenizer is None:
-            raise ValueError(
-                f"request {name!r} has stop strings {list(params.stop)}, but there is no tokenizer to find them with; "
-                "use stop_token_ids"
-            )
-        self._check_fits_pool(leader)
-
-    def _check_fits_pool(self, leader: Request) -> None:
-        # The last token is drawn but never stored.
-        num_tokens = min(leader.num_prompt_tokens + leader.params.max_tokens, self.max_model_len) - 1
-        num_blocks, pool = self.kv_cache.num_blocks(num_tokens), self.block_pool
-        if num_blocks > pool.num_blocks:
-            raise ValueError(
-                f"request {leader.request_id!r} can never fit: {leader.num_prompt_tokens} prompt tokens and "
-                f"max_tokens={leader.params.max_tokens} need {num_blocks} blocks of {pool.block_size} tokens, and the "
-                f"pool has num_blocks={pool.num_blocks}; lower max_tokens or give the KV cache more memory"
-            )
-
     def _can_admit(self, request: Request, cached_block_ids: list[int], plan: _Plan) -> bool:
         """Whether all its tokens fit now, beside what running requests were promised; changes nothing.
 
@@ -447,7 +402,7 @@ class Scheduler:
         place = bisect_left(self.running, leader.order, key=_order) + 1
         self.running[place:place] = siblings
 
-    def _take_token(self, sample: Request, drawn: _Drawn, step: StepOutput) -> None:
+    def _take_token(self, sample: Request, drawn: DrawnTokens, step: StepOutput) -> None:
         token_id, logprob, detail = drawn.take()
         sample.num_pending_tokens -= 1
         if sample.status is RequestStatus.FINISHED:  # stopped or aborted while the step ran

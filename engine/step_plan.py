@@ -69,3 +69,20 @@ class ModelRunnerOutput:
     logprobs: list[float]  # each exactly a float32
     policy_version: int  # of the weights at launch
     details: list[TokenDetail | None] | None = None  # None where no sample of the step has any
+
+
+class DrawnTokens:
+    """The tokens that a step has drawn, taken one by one in the order of its samples."""
+
+    def __init__(self, output: ModelRunnerOutput) -> None:
+        self.policy_version = output.policy_version
+        details = output.details or [None] * len(output.token_ids)
+        self._rest = iter(zip(output.token_ids, output.logprobs, details, strict=True))
+
+    def take(self) -> tuple[int, float, TokenDetail | None]:
+        drawn = next(self._rest, None)
+        assert drawn is not None, "fewer tokens than samples"
+        return drawn
+
+    def check_all_taken(self) -> None:
+        assert next(self._rest, None) is None, "more tokens than samples"
