@@ -52,7 +52,8 @@ class CapturedSteps:
 
     def _capture(self, forward: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # another thread may be packing the next step meanwhile, which touches nothing that is captured
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             output = forward()
         self._pool = graph.pool()
         return graph, output
