@@ -93,6 +93,8 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, ops: Ops, *, with_masters: bool) -> None:
         super().__init__()
         self.layer, self.config, self.ops = layer, config, ops
+        self.has_rope = config.has_rope(layer)
+        assert self.has_rope or not config.has_qk_norm, "heads are normed by the op that turns them"
         num_qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self.qkv = PackedLinear(
             num_qkv, config.hidden_size, ops, has_bias=config.attention_bias, with_master=with_masters
@@ -111,8 +113,9 @@ class SelfAttention(nn.Module):
         N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         qkv_TXH = self.qkv(x_TD).view(-1, N + 2 * K, H)
         qk_TXH, v_TKH = qkv_TXH[:, : N + K], qkv_TXH[:, N + K :]
-        norms = (self.q_norm.weight, self.k_norm.weight) if self.config.has_qk_norm else None
-        qk_TXH = self.ops.rotary(qk_TXH, positions, table, norms, N, self.config.rms_norm_eps)
+        if self.has_rope:
+            norms = (self.q_norm.weight, self.k_norm.weight) if self.config.has_qk_norm else None
+            qk_TXH = self.ops.rotary(qk_TXH, positions, table, norms, N, self.config.rms_norm_eps)
         out_TNH = attention(self.layer, qk_TXH[:, :N], qk_TXH[:, N:], v_TKH, self.config.window_of(self.layer))
         return self.output(out_TNH.view(-1, N * H))
 
@@ -176,7 +179,7 @@ class _WeightSlot:
 
 
 class Transformer(nn.Module):
-    """A dense decoder (Llama, SmolLM, Mistral, Qwen2, Qwen3), as its config describes it.
+    """A dense decoder (Llama, SmolLM, Mistral, Qwen2, Qwen3), as its config describes it (docs/models.md).
 
     numerics: name of the profile, which fixes the type of the packed matrices and how products with them are summed.
     with_masters: float32 parameters [N, K] beside the packed storage, for a trainer; without, nothing takes gradients.
@@ -201,7 +204,7 @@ class Transformer(nn.Module):
             if config.tie_word_embeddings
             else PackedLinear(config.vocab_size, config.hidden_size, ops, with_master=with_masters)
         )
-        table = rotary_table(config.max_position_embeddings, config.head_dim, config.rope_theta)
+        table = rotary_table(config.max_position_embeddings, config.head_dim, config.rope_theta, config.rope_scaling)
         self.register_buffer("rotary_table", table.to(ops.device), persistent=False)
         self._slots = dict(_weight_slots(self))
 

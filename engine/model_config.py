@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.rope_config import num_rope_positions, read_rope_layers, read_rope_scaling, read_rope_theta
+from kernels.rope_scaling import RopeScaling
+
 SUPPORTED_ARCHITECTURES = {
     "LlamaForCausalLM": "llama",  # Llama, SmolLM, SmolLM2
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "SmolLM3ForCausalLM": "smollm3",
 }
 # What a config that leaves an entry out means by it, for each of the families above (transformers' defaults).
-_DEFAULT_ROPE_THETA = 10000.0
 _DEFAULT_RMS_NORM_EPS = 1e-6
 _DEFAULT_SLIDING_WINDOW = 4096
 _DEFAULT_MAX_WINDOW_LAYERS = 28
@@ -24,7 +27,7 @@ _QWEN3_HEAD_DIM = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """The sizes and constants of a dense decoder (Llama, Mistral, Qwen2 or Qwen3)."""
+    """The sizes and constants of a dense decoder (Llama, Mistral, Qwen2, Qwen3 or SmolLM3)."""
 
     architecture: str
     model_type: str
@@ -37,13 +40,15 @@ class ModelConfig:
     head_dim: int
     rms_norm_eps: float
     rope_theta: float
-    max_position_embeddings: int
+    max_position_embeddings: int  # with rope scaling, how far it stretches the context
     tie_word_embeddings: bool
     attention_bias: bool = False  # q, k and v projections have a bias
     attention_output_bias: bool = False  # the o projection has one
     has_qk_norm: bool = False  # RMSNorm over each head of q and k, before rotary
     eos_token_ids: tuple[int, ...] = ()
     attention_windows: tuple[int, ...] = ()  # per layer, how many keys a row sees, itself included; 0: all. (): all do
+    rope_scaling: RopeScaling | None = None
+    rope_layers: tuple[bool, ...] = ()  # per layer, whether it turns queries and keys by their position. (): all do
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -57,6 +62,10 @@ class ModelConfig:
     def window_of(self, layer: int) -> int:
         """How many keys a row of this layer sees at most, itself included; 0 where it sees all."""
         return self.attention_windows[layer] if self.attention_windows else 0
+
+    def has_rope(self, layer: int) -> bool:
+        """Whether this layer turns queries and keys by their position."""
+        return self.rope_layers[layer] if self.rope_layers else True
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> ModelConfig:
@@ -73,8 +82,10 @@ class ModelConfig:
         model_type = SUPPORTED_ARCHITECTURES[architecture]
         _check_arithmetic(config)
         num_heads, num_layers = _size(config, "num_attention_heads"), _size(config, "num_hidden_layers")
-        max_position_embeddings = _size(config, "max_position_embeddings")
-        has_bias_option = model_type in ("llama", "qwen3") and bool(config.get("attention_bias", False))
+        rope_scaling = read_rope_scaling(config)
+        num_positions = num_rope_positions(_size(config, "max_position_embeddings"), rope_scaling)
+        rope_layers = read_rope_layers(config, model_type, num_layers)
+        has_bias_option = model_type in ("llama", "qwen3", "smollm3") and bool(config.get("attention_bias", False))
         return cls(
             architecture=architecture,
             model_type=model_type,
@@ -86,14 +97,16 @@ class ModelConfig:
             num_kv_heads=_size(config, "num_key_value_heads", num_heads),
             head_dim=_head_dim(config, model_type, num_heads),
             rms_norm_eps=float(config.get("rms_norm_eps", _DEFAULT_RMS_NORM_EPS)),
-            rope_theta=_rope_theta(config),
-            max_position_embeddings=max_position_embeddings,
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            rope_theta=read_rope_theta(config, model_type),
+            rope_scaling=rope_scaling,
+            rope_layers=rope_layers,
+            max_position_embeddings=num_positions,
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", model_type == "smollm3")),
             attention_bias=has_bias_option or model_type == "qwen2",
             attention_output_bias=has_bias_option,
             has_qk_norm=model_type == "qwen3",
             eos_token_ids=_token_ids(config.get("eos_token_id")),
-            attention_windows=_attention_windows(config, model_type, num_layers, max_position_embeddings),
+            attention_windows=_attention_windows(config, model_type, num_layers, num_positions, rope_layers),
         )
 
 
@@ -151,22 +164,6 @@ def _check_arithmetic(config: Mapping[str, Any]) -> None:
         raise ValueError(f"layer_types has {sorted(unknown)}: only full_attention and sliding_attention are supported")
 
 
-def _rope_theta(config: Mapping[str, Any]) -> float:
-    theta = config.get("rope_theta") or _DEFAULT_ROPE_THETA
-    for entry in ("rope_scaling", "rope_parameters"):
-        parameters = config.get(entry) or {}
-        rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-        if rope_type != "default" or any(isinstance(value, Mapping) for value in parameters.values()):
-            raise ValueError(
-                f"{entry}={dict(parameters)} is not supported: only plain rotary embedding, without scaling"
-            )
-        theta = parameters.get("rope_theta", theta)
-        partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-        if partial not in (None, 1.0):
-            raise ValueError(f"partial_rotary_factor={partial} is not supported: only whole heads are rotated")
-    return float(theta)
-
-
 def _head_dim(config: Mapping[str, Any], model_type: str, num_heads: int) -> int:
     if config.get("head_dim") is not None or model_type == "qwen3":
         return _size(config, "head_dim", _QWEN3_HEAD_DIM)
@@ -179,22 +176,29 @@ def _head_dim(config: Mapping[str, Any], model_type: str, num_heads: int) -> int
 
 
 def _attention_windows(
-    config: Mapping[str, Any], model_type: str, num_layers: int, num_positions: int
+    config: Mapping[str, Any], model_type: str, num_layers: int, num_positions: int, rope_layers: tuple[bool, ...]
 ) -> tuple[int, ...]:
     """The window of each layer; () where none is shorter than the context."""
-    slides = _sliding_layers(config, model_type, num_layers)
-    if not any(slides) or config.get("sliding_window", _DEFAULT_SLIDING_WINDOW) is None:
+    default = None if model_type == "smollm3" else _DEFAULT_SLIDING_WINDOW
+    slides = _sliding_layers(config, model_type, num_layers, rope_layers)
+    if not any(slides) or config.get("sliding_window", default) is None:
         return ()
-    window = _size(config, "sliding_window", _DEFAULT_SLIDING_WINDOW)
+    window = _size(config, "sliding_window", default)
     return tuple(window if slide else 0 for slide in slides) if window < num_positions else ()
 
 
-def _sliding_layers(config: Mapping[str, Any], model_type: str, num_layers: int) -> list[bool]:
+def _sliding_layers(
+    config: Mapping[str, Any], model_type: str, num_layers: int, rope_layers: tuple[bool, ...]
+) -> list[bool]:
     if model_type in ("llama", "mistral"):
         return [model_type == "mistral"] * num_layers
-    if not config.get("use_sliding_window", False):
-        return [False] * num_layers
     layer_types = config.get("layer_types")
+    if not config.get("use_sliding_window", False):
+        if model_type == "smollm3" and "sliding_attention" in (layer_types or ()):
+            raise ValueError("layer_types has 'sliding_attention' but use_sliding_window is false: they must agree")
+        return [False] * num_layers
+    if layer_types is None and model_type == "smollm3":
+        return [not has_rope for has_rope in rope_layers or [True] * num_layers]
     if layer_types is None:
         first = config.get("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS)
         return [layer >= first for layer in range(num_layers)]

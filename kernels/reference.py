@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from kernels.attention import PackedPlan
+from kernels.rope_scaling import RopeScaling
 
 K_BLOCK = 128  # linear: length of one FMA chain over k
 MAX_SEGMENTS = 8  # linear: leaves of the tree over K
@@ -206,14 +207,17 @@ def add_rms_norm(
     return total, rms_norm(total, weight_D, eps)
 
 
-def rotary_table(num_positions: int, head_dim: int, theta: float) -> torch.Tensor:
+def rotary_table(num_positions: int, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> torch.Tensor:
     """[num_positions, head_dim]: the cosines of a position's head_dim / 2 angles, then their sines."""
     with decimal.localcontext(decimal.Context(prec=40)):
         exponents = [-decimal.Decimal(i) / decimal.Decimal(head_dim) for i in range(0, head_dim, 2)]
         inv_freq = np.float32([float(decimal.Decimal(theta) ** exponent) for exponent in exponents])
+    if scaling is not None:
+        inv_freq = scaling.inverse_frequencies(head_dim, theta)
     angles = np.arange(num_positions, dtype=np.float32)[:, None] * inv_freq
     sine, cosine = sine_cosine(np.float64(angles))
-    return torch.from_numpy(np.concatenate([np.float32(cosine), np.float32(sine)], axis=1))
+    table = np.concatenate([np.float32(cosine), np.float32(sine)], axis=1)
+    return torch.from_numpy(table if scaling is None else table * np.float32(scaling.attention_factor))
 
 
 def rotary(x_TNH: torch.Tensor, positions_T: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

@@ -8,26 +8,32 @@ import torch
 
 from kernels.library import library
 from kernels.linear import check_float32
+from kernels.rope_scaling import RopeScaling
 
 MAX_POSITIONS = 1 << 20
 
 
-def rotary_table(num_positions: int, head_dim: int, theta: float) -> torch.Tensor:
+def rotary_table(num_positions: int, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> torch.Tensor:
     """[num_positions, head_dim] float32: the cosines of the head_dim / 2 angles of a position, then their sines.
 
-    The angle is float32(position * inv_freq), inv_freq float32; cosine and sine are taken in float64 and rounded once.
+    The angle is float32(position * inv_freq), inv_freq float32; cosine and sine are taken in float64 and rounded once,
+    then multiplied by the scaling's attention factor, where there is one.
     All of it is our own arithmetic: a mathematics library's last bit may differ between machines.
     """
     if num_positions > MAX_POSITIONS:
         raise ValueError(f"num_positions={num_positions} exceeds {MAX_POSITIONS}, to which the angles are exact")
-    inv_freq = inverse_frequencies(head_dim, theta)
+    inv_freq = inverse_frequencies(head_dim, theta, scaling)
     table = inv_freq.new_empty(num_positions, head_dim)
     library().ls_rotary_table(inv_freq.data_ptr(), table.data_ptr(), num_positions, head_dim)
+    if scaling is not None and scaling.attention_factor != 1.0:
+        table *= scaling.attention_factor
     return table
 
 
-def inverse_frequencies(head_dim: int, theta: float) -> torch.Tensor:
-    """theta^(-2i / head_dim) for i < head_dim / 2: [head_dim / 2] float32, worked out to 40 decimal digits first."""
+def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> torch.Tensor:
+    """[head_dim / 2] float32: theta^(-2i / head_dim), worked out to 40 decimal digits first, or a scaling's own."""
+    if scaling is not None:
+        return torch.from_numpy(scaling.inverse_frequencies(head_dim, theta))
     with decimal.localcontext(decimal.Context(prec=40)):
         base, width = decimal.Decimal(theta), decimal.Decimal(head_dim)
         values = [float(base ** (-twice / width)) for twice in range(0, head_dim, 2)]

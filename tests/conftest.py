@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
     # Read when triton is first imported: the GPU kernels' tests then run on the CPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-TINY_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+TINY_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 TINY_VOCAB_SIZE = 320
 _SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _CHAT_TEMPLATE = (
@@ -94,6 +94,8 @@ def _save_tiny_model(directory: Path, family: str, weights_seed: int, overrides:
     }
     if family == "mistral":
         options["sliding_window"] = None
+    if family == "smollm3":
+        options["no_rope_layer_interval"] = 2  # else none of so few layers would be without rope
     options.update(overrides)
     if "hidden_size" not in overrides and options["hidden_size"] % options["num_attention_heads"]:
         # transformers wants the width to be a multiple of the heads, which 64 is not of 9 or 14

@@ -126,7 +126,7 @@ def test_integer_weights_are_refused(tmp_path):
 # Writing
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3"])
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 50_000])
 def test_a_saved_model_is_what_transformers_and_we_read_back(tiny_model_dir, tmp_path, family, max_shard_bytes):
     source, saved = tiny_model_dir(family), tmp_path / "out" / "saved"

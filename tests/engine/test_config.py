@@ -12,6 +12,7 @@ import pytest
 from engine.config import BLOCK_SIZE_MULTIPLE, EngineConfig
 from engine.model_config import ModelConfig
 from kernels.attention import SLOTS_MULTIPLE
+from kernels.rope_scaling import LinearScaling, Llama3Scaling, YarnScaling, yarn_attention_factor
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -24,6 +25,10 @@ LLAMA = {
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-5,
 }
+
+SMOLLM3 = {"architectures": ["SmolLM3ForCausalLM"]}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0}
 
 
 def model_config(**entries: object) -> ModelConfig:
@@ -114,7 +119,7 @@ def test_a_sliding_window_does_not_limit_max_model_len():
     assert model_config(architectures=["MistralForCausalLM"], sliding_window=None).attention_windows == ()
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3"])
 @pytest.mark.parametrize(
     "overrides",
     [{}, {"tie_word_embeddings": False, "head_dim": 32}, {"num_attention_heads": 9, "num_key_value_heads": 3}],
@@ -145,9 +150,13 @@ def test_model_config_agrees_with_transformers(tiny_model_dir, family, overrides
     assert config.max_position_embeddings == theirs.max_position_embeddings
     assert config.eos_token_ids == (2,)
     assert config.attention_windows == ()
+    has_rope = [bool(getattr(layer.self_attn, "use_rope", True)) for layer in model.model.layers]
+    assert [config.has_rope(layer) for layer in range(config.num_layers)] == has_rope
 
 
-@pytest.mark.parametrize(("family", "has_output_bias"), [("llama", True), ("qwen3", True), ("qwen2", False)])
+@pytest.mark.parametrize(
+    ("family", "has_output_bias"), [("llama", True), ("qwen3", True), ("qwen2", False), ("smollm3", True)]
+)
 def test_attention_bias_covers_the_output_projection_where_transformers_does(tiny_model_dir, family, has_output_bias):
     from safetensors import safe_open
 
@@ -163,6 +172,63 @@ def test_rope_theta_is_read_from_old_and_new_configs():
     assert model_config(rope_theta=5e5).rope_theta == 5e5
     assert model_config(rope_theta=5e5, rope_scaling=None).rope_theta == 5e5
     assert model_config(rope_parameters={"rope_theta": 1e6, "rope_type": "default"}).rope_theta == 1e6
+    assert model_config(**SMOLLM3).rope_theta == 2e6
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected", "num_positions"),
+    [
+        ({"rope_type": "default"}, None, 512),
+        ({"rope_type": "linear", "factor": 2}, LinearScaling(factor=2.0), 1024),
+        (
+            {**LLAMA3, "original_max_position_embeddings": 128},
+            Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=128),
+            512,
+        ),
+        (
+            {**YARN, "original_max_position_embeddings": 256},
+            YarnScaling(factor=4.0, original_max_position_embeddings=256, attention_factor=yarn_attention_factor(4.0)),
+            1024,
+        ),
+        (
+            {"rope_type": "yarn", "factor": 1.5, "attention_factor": 0.8, "beta_fast": 16, "beta_slow": 2},
+            YarnScaling(
+                factor=1.5, original_max_position_embeddings=512, attention_factor=0.8, beta_fast=16.0, beta_slow=2.0
+            ),
+            768,
+        ),
+    ],
+    ids=["default", "linear", "llama3", "yarn", "yarn-all"],
+)
+def test_rope_scaling_is_read_from_old_and_new_configs(rope, expected, num_positions):
+    new = model_config(rope_parameters={**rope, "rope_theta": 5e5})
+    assert (new.rope_scaling, new.max_position_embeddings) == (expected, num_positions)
+    assert model_config(rope_scaling=rope, rope_theta=5e5) == new
+    oldest = {"type" if name == "rope_type" else name: value for name, value in rope.items()}
+    assert model_config(rope_scaling=oldest, rope_theta=5e5) == new
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"no_rope_layer_interval": 2}, {"no_rope_layers": [0, 1, 1, 0, 0]}, {"no_rope_layers": [1] * 5}],
+    ids=["every-fourth", "every-second", "listed", "none"],
+)
+def test_layers_without_rope_and_their_windows_are_those_of_transformers(overrides):
+    from transformers import SmolLM3Config
+
+    options = {"num_hidden_layers": 5, "use_sliding_window": True, "sliding_window": 8, **overrides}
+    theirs = SmolLM3Config(**options)
+    smollm3 = {**SMOLLM3, **options}
+    for ours in (model_config(**smollm3), model_config(**{**smollm3, "layer_types": theirs.layer_types})):
+        assert [ours.has_rope(layer) for layer in range(5)] == [bool(flag) for flag in theirs.no_rope_layers]
+        windows = [8 if layer_type == "sliding_attention" else 0 for layer_type in theirs.layer_types]
+        assert [ours.window_of(layer) for layer in range(5)] == windows
+
+
+def test_smollm3_ties_its_embedding_unless_it_says_otherwise():
+    assert model_config(**SMOLLM3).tie_word_embeddings
+    assert not model_config(**SMOLLM3, tie_word_embeddings=False).tie_word_embeddings
+    assert not model_config().tie_word_embeddings
 
 
 def test_missing_architectures_follow_from_the_model_type():
@@ -174,10 +240,23 @@ def test_missing_architectures_follow_from_the_model_type():
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel' is not supported: use one of LlamaForCausalLM"),
         ({"architectures": None, "model_type": "bert"}, "'bert' is not supported"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling=.*llama3.*is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "rope_parameters=.*yarn"),
-        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling: rope_type='dynamic' is not"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "rope_scaling: rope_type='mrope' is not"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters: rope_type='longrope' is not supported"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, r"by kind of layer \(full_attention\)"),
+        ({"rope_scaling": {**YARN, "mscale": 1.0}}, r"rope_scaling has \['mscale'\], not supported with .*'yarn'"),
+        ({"rope_parameters": {"rope_type": "default", "factor": 2.0}}, r"has \['factor'\]"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor=None must be a number above 0"),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4}}, "low_freq_factor=4.0 must be less than high_freq_factor"),
+        ({"rope_scaling": {"type": "linear"}}, "factor=None must be a number of at least 1.0"),
+        ({"rope_scaling": {**YARN, "factor": 0.5}}, "factor=0.5 must be"),
+        ({"rope_scaling": {**YARN, "original_max_position_embeddings": 1.5}}, "original_max_position_embeddings=1.5"),
+        ({"rope_scaling": "yarn"}, "rope_scaling='yarn' in the model's config must be an object"),
+        ({"rope_theta": 1.0}, "rope_theta=1.0"),
+        ({"rope_theta": "big"}, "rope_theta='big'"),
+        ({**SMOLLM3, "no_rope_layers": [1]}, "no_rope_layers has 1 entries"),
+        ({**SMOLLM3, "no_rope_layer_interval": 0}, "no_rope_layer_interval=0"),
+        ({**SMOLLM3, "layer_types": ["sliding_attention"] * 2, "sliding_window": 8}, "use_sliding_window is false"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from exactness_checks import (
-    TINY,
     Setting,
     bits,
     float_bits,
@@ -25,6 +24,7 @@ from exactness_checks import (
     stored_keys_and_values,
     trainer_logprobs,
 )
+from model_families import FAMILIES
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,17 +35,6 @@ from kernels.build import available_instruction_sets, library_path
 from kernels.library import library
 from kernels.linear import linear
 from kernels.profiles import PROFILES
-
-FAMILIES = [
-    ("llama", {}),
-    ("llama", TINY),
-    ("llama", {"tie_word_embeddings": False}),
-    ("mistral", {}),
-    ("qwen2", {"num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 300}),
-    ("qwen3", {"head_dim": 32}),
-    ("mistral", {"sliding_window": 13}),
-    ("qwen2", {"use_sliding_window": True, "sliding_window": 30, "max_window_layers": 1}),
-]
 
 
 @pytest.mark.parametrize("numerics", PROFILES)
@@ -63,13 +52,18 @@ def test_decode_equals_prefill_equals_the_trainers_forward_on_smollm2(smollm2_di
 
 
 def check_three_way(setting: Setting) -> None:
+    """A prompt in chunks and recorded decode steps, prefills with and without a cached prefix, and the trainer."""
     prompt = prompt_of(9)
-    engine = make_engine(setting)
+    engine = make_engine(setting, max_num_batched_tokens=16)
     decoded = run_one(engine, prompt, SamplingParams(max_tokens=24, seed=1, ignore_eos=True))
+    recording, config = engine.model_runner.steps.recording(1), engine.model_runner.config
+    num_turning = sum(config.has_rope(layer) for layer in range(config.num_layers))
+    assert [name for name, _ in recording.calls].count("ls_rotary") == num_turning
     for length in (1, 5, 17):  # a prefill up to there must draw the same next token with the same log-probability
         prefix = prompt + decoded.token_ids[:length]
         params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
         assert bits(run_one(make_engine(setting), prefix, params)) == bits(run_one(engine, prefix, params))
+    assert engine.stats().prefix_cache_hits >= 3 * 32
     trainer = trainer_logprobs(load_trainer_model(setting), prompt, decoded, temperature=1.0)
     assert float_bits(trainer) == float_bits(decoded.logprobs)
 

@@ -18,6 +18,7 @@ from scripts.gpu_check import invariance
 from scripts.gpu_check.random_models import MODELS, TINY, random_engine, random_weights
 
 QWEN3 = {**TINY, "architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True}
+SMOLLM3 = {**TINY, "architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1, 0]}
 PARAMS = SamplingParams(max_tokens=3, seed=5, temperature=0.8)
 
 
@@ -51,7 +52,7 @@ def forward_logprobs(engine: LLMEngine, prompt: list[int], completion: Completio
 
 
 @no_gpu
-@pytest.mark.parametrize(("model", "numerics"), [(TINY, "float32"), (QWEN3, "bfloat16")])
+@pytest.mark.parametrize(("model", "numerics"), [(TINY, "float32"), (QWEN3, "bfloat16"), (SMOLLM3, "float32")])
 def test_decode_among_others_equals_the_packed_forward(model, numerics):
     engine = interpreted(model, numerics=numerics, max_num_batched_tokens=16)
     prompts = [prompt_of(21), prompt_of(3, seed=1), prompt_of(5, seed=2)]  # decode steps of 3 rows are filled up to 4

@@ -6,25 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from model_families import FAMILIES
 
 from engine.attention import PackedAttention, Segment
 from engine.checkpoint import iter_weights
 from engine.model import LM_HEAD, Transformer
 from engine.model_config import ModelConfig
 from kernels.linear import linear
-
-FAMILIES = [
-    ("llama", {}),
-    ("llama", {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": False}),
-    ("llama", {"attention_bias": True}),
-    ("mistral", {"num_key_value_heads": 1}),
-    ("qwen2", {"num_attention_heads": 14, "num_key_value_heads": 2}),
-    ("qwen3", {"head_dim": 32}),
-    ("qwen3", {"num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 333}),
-    ("mistral", {"sliding_window": 7}),
-    ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
-    ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
-]
 
 
 def load(model_dir: Path, with_masters: bool = False) -> Transformer:
@@ -65,6 +53,16 @@ def test_logprobs_and_gradients_equal_those_of_transformers(
     assert (got - expected).norm() < 1e-3 * expected.norm()
     got, expected = ours.embedding.master.grad, theirs.model.embed_tokens.weight.grad
     assert (got - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_a_model_without_rope_does_not_see_positions(tiny_model_dir: Callable[..., Path]) -> None:
+    def hidden(no_rope_layers: list[int], first_position: int) -> torch.Tensor:
+        model = load(tiny_model_dir("smollm3", no_rope_layers=no_rope_layers))
+        attention = PackedAttention.from_segments(model.config, [Segment(start_row=0, end_row=30)], model.ops)
+        return model(torch.arange(5, 35), torch.arange(30) + first_position, attention)
+
+    assert torch.equal(hidden([0, 0], first_position=0), hidden([0, 0], first_position=100))
+    assert not torch.equal(hidden([0, 1], first_position=0), hidden([0, 1], first_position=100))
 
 
 def check_greedy(model_dir: Path, num_prompts: int, num_tokens: int) -> None:

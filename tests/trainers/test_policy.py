@@ -54,7 +54,7 @@ def gradients(policy: Policy, batches) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3"])
 def test_the_training_forward_gives_the_engines_logprobs_bit_for_bit(tiny_model_dir, draw_rollouts, family):
     directory = str(tiny_model_dir(family))
     groups = draw_rollouts(LLMEngine(EngineConfig(model=directory, num_threads=1)), PROMPTS, PARAMS)
