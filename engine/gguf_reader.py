@@ -111,7 +111,7 @@ class GGUFModel:
             raise ValueError(f"{self.path}: mixture-of-experts models are not supported")
         scaling = self._size("rope.scaling.type", "none")
         if scaling != "none" or "rope_freqs.weight" in self.tensor_names:
-            raise ValueError(f"{self.path}: rope scaling is not supported: only plain rotary embedding")
+            raise ValueError(f"{self.path}: rope scaling from GGUF is not supported: use safetensors")
         head_dim = self._head_dim()
         if self._size("rope.dimension_count", head_dim) != head_dim:
             raise ValueError(f"{self.path}: rotary embedding of a part of each head is not supported")

@@ -343,7 +343,7 @@ def test_a_conversion_that_was_killed_is_made_again(tiny_gguf, cache):
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [
-        ({"add_rope_scaling_type": gguf.RopeScalingType.YARN}, "rope scaling is not supported"),
+        ({"add_rope_scaling_type": gguf.RopeScalingType.YARN}, "rope scaling from GGUF is not supported"),
         ({"add_rope_dimension_count": 8}, "part of each head"),
         ({"add_expert_count": 8}, "mixture-of-experts"),
         ({"add_sliding_window": 128}, "sliding-window"),

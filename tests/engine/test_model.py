@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,12 @@ def test_a_model_without_rope_does_not_see_positions(tiny_model_dir: Callable[..
 
     assert torch.equal(hidden([0, 0], first_position=0), hidden([0, 0], first_position=100))
     assert not torch.equal(hidden([0, 1], first_position=0), hidden([0, 1], first_position=100))
+
+
+def test_the_table_of_models_lists_the_models_tested_here() -> None:
+    table = (Path(__file__).parents[2] / "docs" / "models.md").read_text().split("Every tiny model")[0]
+    last_column = " ".join(line.split("|")[-2] for line in table.splitlines() if "ForCausalLM" in line)
+    assert sorted(re.findall(r"`(\S+)`", last_column)) == sorted(family.id for family in FAMILIES)
 
 
 def check_greedy(model_dir: Path, num_prompts: int, num_tokens: int) -> None:

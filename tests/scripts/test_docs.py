@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from engine.model_config import SUPPORTED_ARCHITECTURES
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -44,6 +46,15 @@ def test_custom_trainer_trains_in_lockstep(tiny_model_dir: Callable[..., Path], 
     code = code.replace("smollm2-135m-instruct", str(tiny_model_dir("llama"))).replace(", 20\n", ", 2\n", 1)
     output = run_code(code, tmp_path)
     assert [line.split(":")[0] for line in output.splitlines()] == ["step 0", "step 1"]
+
+
+def test_the_table_of_models_names_every_architecture_and_only_tests_that_exist():
+    page = (ROOT / "docs" / "models.md").read_text()
+    assert set(re.findall(r"`(\w+ForCausalLM)` \(`(\w+)`\)", page)) == set(SUPPORTED_ARCHITECTURES.items())
+    tests = re.findall(r"`(tests/\S+\.py)(?:::(\w+))?`", page)
+    assert len(tests) > 5
+    for path, name in tests:
+        assert f"def {name}" in (ROOT / path).read_text()
 
 
 def test_links_between_pages_lead_somewhere():
