@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from engine.prompt_logprobs import PromptRows, prompt_rows
 from engine.sampling_batch import SamplingBatch
 from engine.step_plan import ScheduledRequest, SchedulerOutput
 
@@ -26,6 +27,7 @@ class InputBatch:
     # rows whose token the step before draws, and which of its samples does; empty where all are known
     pending_rows: Sequence[int] = ()
     pending_places: Sequence[int] = ()
+    prompt_rows: Sequence[PromptRows] = ()  # that predict tokens of prompts which are reported on
 
     @property
     def num_rows(self) -> int:
@@ -89,6 +91,7 @@ class InputBuffers:
             sampling=SamplingBatch.from_plan(plan, self.cu_seqlens_q[: B + 1]),
             pending_rows=self.cu_seqlens_q[[entry for entry, _ in pending]] if pending else (),
             pending_places=[place for _, place in pending],
+            prompt_rows=prompt_rows(plan, self.cu_seqlens_q),
         )
 
     def advance(self, plan: SchedulerOutput) -> InputBatch:

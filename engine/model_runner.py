@@ -84,12 +84,12 @@ class ModelRunner:
         version, plan, lane = self.policy_version, prepared.plan, prepared.lane
         self.ops.copy_blocks(self.kv_storage, plan.block_copies)
         outputs = [self._execute_batch(prepared.batch, lane, self._drawn_token_ids)]
-        drawn, places = list(outputs[0][0]), list(range(len(outputs[0][0])))
+        drawn, places = list(outputs[0].token_ids), list(range(len(outputs[0].token_ids)))
         for number in range(1, plan.num_steps):
             plan = later_step(plan, number)
             places = [places[entry.source] for entry in plan.scheduled]
-            outputs.append(self._execute_batch(lane.inputs.advance(plan), lane, outputs[-1][0]))
-            for place, token_id in zip(places, outputs[-1][0], strict=True):
+            outputs.append(self._execute_batch(lane.inputs.advance(plan), lane, outputs[-1].token_ids))
+            for place, token_id in zip(places, outputs[-1].token_ids, strict=True):
                 drawn[place] = token_id
         self._drawn_token_ids = drawn
         return _joined(outputs, version)
@@ -97,7 +97,7 @@ class ModelRunner:
     def _execute_batch(self, batch: InputBatch, lane: _Lane, drawn_token_ids: Sequence[int]) -> SamplerOutput:
         """drawn_token_ids: by the samples of the step before, whom pending tokens are taken from."""
         batch = lane.inputs.load(batch, drawn_token_ids)
-        return self.sampler(self._hidden_states(batch, lane.steps), batch.sampling)
+        return self.sampler(self._hidden_states(batch, lane.steps), batch.sampling, batch.prompt_rows)
 
     def _hidden_states(self, batch: InputBatch, steps: RecordedSteps | CapturedSteps | None) -> torch.Tensor:
         def forward() -> torch.Tensor:
@@ -139,12 +139,15 @@ def _lanes(config: EngineConfig, ops: Ops) -> list[_Lane]:
 
 
 def _joined(outputs: Sequence[SamplerOutput], policy_version: int) -> ModelRunnerOutput:
-    token_ids, logprobs, details = outputs[0]
-    for more_ids, more_logprobs, more_details in outputs[1:]:
-        token_ids, logprobs = token_ids + more_ids, logprobs + more_logprobs
+    token_ids, logprobs, details, prompt_logprobs = outputs[0]
+    for later in outputs[1:]:
+        token_ids, logprobs = token_ids + later.token_ids, logprobs + later.logprobs
         if details is not None:
-            details = details + (more_details or [None] * len(more_ids))
-    return ModelRunnerOutput(token_ids=token_ids, logprobs=logprobs, policy_version=policy_version, details=details)
+            details = details + (later.details or [None] * len(later.token_ids))
+    return ModelRunnerOutput(
+        token_ids=token_ids, logprobs=logprobs, policy_version=policy_version, details=details,
+        prompt_logprobs=prompt_logprobs,
+    )  # fmt: skip
 
 
 def _is_gpu(ops: Ops) -> bool:

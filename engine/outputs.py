@@ -26,6 +26,9 @@ class Completion:
     kept_mass: list[float] | None = None  # share of the distribution before truncation that could be drawn
     # where `logprobs=k` asks for it: the k likeliest token ids and the drawn one, under the distribution drawn from
     top_logprobs: list[dict[int, float]] | None = None
+    # where `prompt_logprobs=k` asks for it: by prompt token (None for the first) the k likeliest token ids and the
+    # prompt's own, under the model's own distribution; an aborted one has as many as were computed
+    prompt_logprobs: list[dict[int, float] | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

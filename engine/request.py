@@ -12,6 +12,7 @@ import numpy as np
 from engine.detokenizer import Detokenizer, Tokenizer
 from engine.draw_key import pack_draw_key
 from engine.outputs import Completion, FinishReason, TokenDetail
+from engine.prompt_logprobs import PromptLogprobs
 from engine.sampling_params import SamplingParams
 from engine.seen_tokens import SeenTokens
 from engine.truncation import NO_IDS, TruncationRules
@@ -43,6 +44,7 @@ class Request:
     eos_token_ids: frozenset[int] = frozenset()
     detokenizer: Detokenizer | None = field(default=None, repr=False)
     rules: TruncationRules | None = field(default=None, repr=False)
+    prompt_logprobs: PromptLogprobs | None = field(default=None, repr=False)  # shared by the samples of a group
     siblings: tuple[Request, ...] = field(default=(), repr=False)
 
     token_ids: list[int] = field(init=False, repr=False)  # prompt, then output
@@ -91,6 +93,8 @@ class Request:
         prompt = list(prompt_token_ids)
         eos = frozenset(eos_token_ids)
         rules = TruncationRules.from_params(params, eos_token_ids=eos, tokenizer=tokenizer, vocab_size=vocab_size)
+        num_top = params.prompt_logprobs
+        prompt_logprobs = None if num_top is None else PromptLogprobs(len(prompt), num_top)
         samples = [
             cls(
                 request_id=request_id,
@@ -103,6 +107,7 @@ class Request:
                 eos_token_ids=eos,
                 detokenizer=None if tokenizer is None else Detokenizer(tokenizer, prompt, params.stop),
                 rules=rules,
+                prompt_logprobs=prompt_logprobs,
             )
             for index in range(params.n)
         ]
@@ -227,8 +232,13 @@ class Request:
             stop_reason=self.stop_reason,
             text=self._text(),
             is_exact=self.is_exact,
+            prompt_logprobs=self._known_prompt_logprobs(),
             **self._detail_columns(),
         )
+
+    def _known_prompt_logprobs(self) -> list[dict[int, float] | None] | None:
+        collected = self.prompt_logprobs
+        return None if collected is None else collected.entries[: collected.num_known]
 
     def _detail_columns(self) -> dict[str, list[Any]]:
         if self.rules is None:

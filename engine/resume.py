@@ -61,6 +61,9 @@ def _restore(sample: Request, completion: Completion, vocab_size: int, max_model
     sample.logprobs = list(completion.logprobs)
     sample.policy_versions = list(completion.policy_versions)
     sample.is_exact = completion.is_exact
+    known = completion.prompt_logprobs
+    if sample.prompt_logprobs is not None and known is not None and len(known) == sample.num_prompt_tokens:
+        sample.prompt_logprobs.take(1, known[1:])
     if sample.rules is not None:
         sample.details = _details(sample, completion)
     if sample.params.stop and sample.detokenizer is not None:

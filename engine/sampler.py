@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
 from engine.logits_batch import LogitsBatch
 from engine.model import PackedLinear
 from engine.outputs import TokenDetail
+from engine.prompt_logprobs import PromptRows, ScoredRows, score_rows
 from engine.sampling_batch import SamplingBatch
 from kernels.truncated import truncated_sample
 
-SamplerOutput: TypeAlias = tuple[list[int], list[float], list[TokenDetail | None] | None]
-"""Token ids, log-probabilities (exactly float32) and details (None where nobody has any), in order of the samples."""
+
+class SamplerOutput(NamedTuple):
+    """What a step draws and reports, in order of its samples."""
+
+    token_ids: list[int]
+    logprobs: list[float]  # each exactly a float32
+    details: list[TokenDetail | None] | None  # None where nobody has any
+    prompt_logprobs: list[ScoredRows]
 
 
 class Sampler:
@@ -28,7 +35,16 @@ class Sampler:
     def __init__(self, lm_head: PackedLinear) -> None:
         self.lm_head = lm_head
 
-    def __call__(self, hidden_TD: torch.Tensor, batch: SamplingBatch) -> SamplerOutput:
+    def __call__(
+        self, hidden_TD: torch.Tensor, batch: SamplingBatch, prompt_rows: Sequence[PromptRows] = ()
+    ) -> SamplerOutput:
+        """prompt_rows: of prompts that are reported on."""
+        scored = [score_rows(hidden_TD, self.lm_head, rows) for rows in prompt_rows]
+        return SamplerOutput(*self._draw(hidden_TD, batch), scored)
+
+    def _draw(
+        self, hidden_TD: torch.Tensor, batch: SamplingBatch
+    ) -> tuple[list[int], list[float], list[TokenDetail | None] | None]:
         token_ids, logprobs = self._draw_plain(hidden_TD, batch)
         if batch.written_out is None:
             return token_ids, logprobs, None

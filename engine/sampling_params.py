@@ -24,9 +24,11 @@ class SamplingParams:
     """How the completions of one prompt are drawn; names and meanings are vLLM's.
 
     A temperature below 1e-5 is greedy, and `min_p`, `top_k` and `top_p` are then off. The sampled token's
-    log-probability always comes; `logprobs=k` adds those of the k likeliest. Stop tokens cannot be drawn before
-    `min_tokens`, and stop strings take effect from there on. The repetition penalty counts prompt and output, the
-    presence and frequency penalties the output alone. A bad word is barred with and without a space before it.
+    log-probability always comes; `logprobs=k` adds those of the k likeliest. `prompt_logprobs=k` reports on the prompt
+    as well, with the model's own log-probabilities at temperature 1; with 0, of its own tokens alone. Stop tokens
+    cannot be drawn before `min_tokens`, and stop strings take effect from there on. The repetition penalty counts
+    prompt and output, the presence and frequency penalties the output alone. A bad word is barred with and without a
+    space before it.
     Lists are turned into tuples, a single stop string into a tuple of one, `logit_bias` into pairs.
 
     Raises:
@@ -84,17 +86,15 @@ class SamplingParams:
             raise ValueError(
                 f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}; lower it or raise max_tokens"
             )
-        if self.prompt_logprobs is not None:
-            raise ValueError(
-                f"prompt_logprobs={self.prompt_logprobs!r} is not available: this version reports sampled tokens only; "
-                "leave prompt_logprobs at None"
-            )
 
     def _set_truncation(self) -> None:
         self._set(top_p=_number("top_p", self.top_p, 0.0, 1.0, excludes_minimum=True))
         self._set(min_p=_number("min_p", self.min_p, 0.0, 1.0))
         self._set(top_k=max(0, _integer("top_k", self.top_k, minimum=-1)))  # -1 is all too
         self._set(logprobs=_integer("logprobs", self.logprobs, minimum=0, maximum=MAX_LOGPROBS))
+        if self.prompt_logprobs is not None:
+            number = _integer("prompt_logprobs", self.prompt_logprobs, minimum=0, maximum=MAX_LOGPROBS)
+            self._set(prompt_logprobs=number)
 
     def _set_penalties(self) -> None:
         for name in ("presence_penalty", "frequency_penalty"):

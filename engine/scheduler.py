@@ -151,6 +151,8 @@ class Scheduler:
         for samples in self._unfinished.values():
             for sample in samples:
                 sample.block_hashes.clear()
+                if mode == "recompute" and sample.prompt_logprobs is not None and not sample.num_output_tokens:
+                    sample.prompt_logprobs.reset()
         for request in self.running:
             request.has_mixed_kv = True
         return num_dropped_tokens
@@ -197,6 +199,8 @@ class Scheduler:
         """
         drawn = DrawnTokens(output)
         self._num_steps_under_way -= 1
+        for collected, first_token, entries in output.prompt_logprobs:
+            collected.take(first_token, entries)
         step = StepOutput()
         for number in range(scheduled.num_steps):
             for entry in scheduled.scheduled:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from engine.outputs import TokenDetail
+from engine.prompt_logprobs import ScoredRows
 from engine.request import Request
 
 
@@ -69,6 +71,7 @@ class ModelRunnerOutput:
     logprobs: list[float]  # each exactly a float32
     policy_version: int  # of the weights at launch
     details: list[TokenDetail | None] | None = None  # None where no sample of the step has any
+    prompt_logprobs: Sequence[ScoredRows] = ()  # of requests that report on their prompts
 
 
 class DrawnTokens:

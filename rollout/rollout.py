@@ -33,3 +33,5 @@ class Rollout:
     kept_mass: list[float] | None = None  # share of the distribution before truncation that could be drawn
     # where `logprobs=k` asks for it: the k likeliest token ids and the drawn one, of the distribution sampled from
     top_logprobs: list[dict[int, float]] | None = None
+    # where `prompt_logprobs=k` asks for it: the same of each prompt token (None for the first), of the model's own
+    prompt_logprobs: list[dict[int, float] | None] | None = None

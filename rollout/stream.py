@@ -55,6 +55,7 @@ class PendingGroup:
             raw_logprobs=completion.raw_logprobs,
             kept_mass=completion.kept_mass,
             top_logprobs=completion.top_logprobs,
+            prompt_logprobs=completion.prompt_logprobs,
         )
 
 

@@ -114,7 +114,7 @@ def trainer_logprobs(model: Transformer, prompt: list[int], completion: Completi
     input_ids = prompt + completion.token_ids[:-1]
     rows = range(len(prompt) - 1, len(input_ids))
     segments = [Segment(start_row=0, end_row=len(input_ids))]
-    return _packed_logprobs(model, input_ids, range(len(input_ids)), segments, rows, completion.token_ids, temperature)
+    return packed_logprobs(model, input_ids, range(len(input_ids)), segments, rows, completion.token_ids, temperature)
 
 
 def group_logprobs(
@@ -130,11 +130,11 @@ def group_logprobs(
         segments += [Segment(start_row=start, end_row=end, parent=0)] if end > start else []
         rows += [len(prompt) - 1, *range(start, end)]
         targets += completion.token_ids
-    logprobs = _packed_logprobs(model, input_ids, positions, segments, rows, targets, temperature)
+    logprobs = packed_logprobs(model, input_ids, positions, segments, rows, targets, temperature)
     return list(logprobs.split([len(completion.token_ids) for completion in completions]))
 
 
-def _packed_logprobs(
+def packed_logprobs(
     model: Transformer,
     input_ids: Sequence[int],
     positions: Sequence[int],

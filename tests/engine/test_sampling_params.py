@@ -83,7 +83,9 @@ def test_params_are_frozen_hashable_and_survive_copies():
         ("logprobs", 21),
         ("logprobs", None),
         ("logprobs", True),
-        ("prompt_logprobs", 0),
+        ("prompt_logprobs", -1),
+        ("prompt_logprobs", 21),
+        ("prompt_logprobs", 1.5),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(name, value):

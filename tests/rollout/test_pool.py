@@ -73,6 +73,17 @@ def test_a_rollout_carries_what_was_kept_and_the_likeliest_tokens(pool, config):
     assert (plain.raw_logprobs, plain.kept_mass, plain.top_logprobs) == (None, None, None)
 
 
+def test_a_rollout_carries_the_log_probabilities_of_its_prompt(pool, config):
+    params = SamplingParams(n=2, max_tokens=3, prompt_logprobs=1)
+    [group] = pool.generate([[7, 11, 13, 17]], params)
+    engine = LLMEngine(config)
+    [completions] = engine.generate([[7, 11, 13, 17]], SamplingParams(max_tokens=1, prompt_logprobs=1))
+    assert [rollout.prompt_logprobs for rollout in group] == [completions[0].prompt_logprobs] * 2
+    first, *others = group[0].prompt_logprobs
+    assert first is None
+    assert [set(entry) >= {token_id} for entry, token_id in zip(others, [11, 13, 17], strict=True)] == [True] * 3
+
+
 def test_one_engine_gives_the_rollouts_of_two(rollouts, single):
     assert single.generate(PROMPTS, PARAMS, group_ids=IDS) == rollouts
 
