@@ -112,10 +112,8 @@ class LLMEngine:
             tokenizer=self.tokenizer,
             vocab_size=self.model_config.vocab_size,
         )
-        partial = [resume] if isinstance(resume, Completion) else resume
-        if partial:
-            entries = resumed_entries(leader, partial, self.model_config.vocab_size, self.max_model_len)
-        self.scheduler.add(*(entries if partial else (leader,)))
+        partial = [resume] if isinstance(resume, Completion) else resume or []
+        self.scheduler.add(*resumed_entries(leader, partial, self.model_config.vocab_size, self.max_model_len))
 
     def step(self) -> StepOutput:
         """Takes in one step: what it drew, and the samples that finished with it. Without requests it does nothing.

@@ -20,6 +20,8 @@ def resumed_entries(
         ValueError: for an index that is not among the samples or comes twice, columns of unequal length, ids outside
             the vocabulary, missing details, as many tokens as may be drawn, or nothing left to draw.
     """
+    if not partial:
+        return [leader]
     samples = {sample.index: sample for sample in (leader, *leader.siblings)}
     for sample in samples.values():
         sample.siblings = ()
