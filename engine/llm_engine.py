@@ -18,7 +18,7 @@ from engine.model_config import ModelConfig
 from engine.model_runner import ModelRunner
 from engine.ops import Ops, make_ops
 from engine.outputs import Completion, EngineStats, StepOutput, WeightUpdate
-from engine.pipeline import Pipeline
+from engine.pipeline import Pipeline, Runner
 from engine.prompts import as_prompts, derive_seed, per_prompt_params
 from engine.request import Request
 from engine.resume import resumed_entries
@@ -51,9 +51,11 @@ class LLMEngine:
         *,
         make_weights: Callable[[Mapping[str, tuple[int, ...]]], NamedTensors] | None = None,
         ops: Ops | None = None,
+        runner: Runner | None = None,
     ) -> None:
         """make_weights: gives weights for their shapes by name, instead of those in the model's directory, which then
-        needs no more than a config.json. ops: instead of those of device and profile, to compare with them.
+        needs no more than a config.json. ops: instead of those of device and profile, to compare with them. runner:
+        carries out the steps instead of the model runner, as a stand-in for another device.
         """
         kernels.set_num_threads(config.num_threads)
         if ops is None:
@@ -70,7 +72,7 @@ class LLMEngine:
         self.weights_checksum = self.model_runner.load_weights(weights, policy_version=0)
         block_pool = BlockPool(num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(self.config, block_pool, self.weights_checksum)
-        self._pipeline = Pipeline(self.model_runner, depth=MAX_STEPS_UNDER_WAY if self.config.is_async else 1)
+        self._pipeline = Pipeline(runner or self.model_runner, MAX_STEPS_UNDER_WAY if self.config.is_async else 1)
         self._undelivered = StepOutput()  # of steps that were taken in between two calls of `step`
         self._paused: PauseMode | None = None
         self._is_updating = False

@@ -12,6 +12,7 @@ import torch
 
 from engine import EngineConfig, LLMEngine
 from engine.ops import Ops
+from engine.pipeline import Runner
 
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "num_hidden_layers": 28, "num_attention_heads": 16,
@@ -29,13 +30,17 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
-def random_engine(model: Mapping[str, Any], *, seed: int = 0, ops: Ops | None = None, **options: Any) -> LLMEngine:
+def random_engine(
+    model: Mapping[str, Any], *, seed: int = 0, ops: Ops | None = None, runner: Runner | None = None, **options: Any
+) -> LLMEngine:
     """An engine for the entries of a config.json, with random weights made where it runs; options of EngineConfig."""
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(json.dumps(model))
         config = EngineConfig(directory, **options)
         device = "cuda" if config.device_name == "cuda" else "cpu"
-        return LLMEngine(config, make_weights=lambda shapes: random_weights(shapes, device, seed), ops=ops)
+        return LLMEngine(
+            config, make_weights=lambda shapes: random_weights(shapes, device, seed), ops=ops, runner=runner
+        )
 
 
 def random_weights(

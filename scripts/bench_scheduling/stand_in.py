@@ -1,0 +1,73 @@
+"""StandIn: a device whose every step takes the same time, behind the model runner's interface.
+
+The host's part is real: inputs are packed as for the model runner, tokens come back as lists. In place of computing it
+sleeps. A token is a hash of whatever keys a draw, so a request's tokens are the same however it is scheduled.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from engine import EngineConfig
+from engine.input_batch import InputBatch, InputBuffers
+from engine.sampling_batch import SamplingBatch
+from engine.step_plan import ModelRunnerOutput, SchedulerOutput, later_step
+
+NUM_TOKEN_IDS = 2**15
+_MULTIPLIERS = np.array([0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35], np.uint64)[:, None]  # of seed, position, sample
+
+
+class PreparedStep(NamedTuple):
+    plan: SchedulerOutput
+    inputs: InputBuffers
+    batch: InputBatch
+
+
+class StandIn:
+    """See `engine.pipeline.Runner`. Its steps may be prepared while another runs."""
+
+    def __init__(self, step_seconds: float, config: EngineConfig) -> None:
+        """config: with max_model_len as a number."""
+        assert config.max_model_len is not None, "max_model_len must be given"
+        self.step_seconds = step_seconds
+        self.slept_seconds = 0.0
+        sizes = {
+            "max_num_rows": config.max_num_batched_tokens,
+            "max_num_seqs": config.max_num_seqs,
+            "max_blocks_per_seq": -(-config.max_model_len // config.block_size),
+            "block_size": config.block_size,
+        }
+        self._next_inputs = itertools.cycle([InputBuffers(**sizes), InputBuffers(**sizes)])
+        self._drawn_token_ids: list[int] = []
+
+    def prepare(self, plan: SchedulerOutput) -> PreparedStep:
+        inputs = next(self._next_inputs)
+        return PreparedStep(plan, inputs, inputs.pack(plan))
+
+    def execute(self, prepared: PreparedStep) -> ModelRunnerOutput:
+        """As `ModelRunner.execute` does: pending tokens are filled in, later steps of a cycle go on from their own."""
+        plan, inputs, batch = prepared
+        token_ids = self._draw(inputs.load(batch, self._drawn_token_ids).sampling)
+        all_ids, drawn, places = list(token_ids), list(token_ids), list(range(len(token_ids)))
+        for number in range(1, plan.num_steps):
+            plan = later_step(plan, number)
+            places = [places[entry.source] for entry in plan.scheduled]
+            token_ids = self._draw(inputs.load(inputs.advance(plan), token_ids).sampling)
+            all_ids += token_ids
+            for place, token_id in zip(places, token_ids, strict=True):
+                drawn[place] = token_id
+        self._drawn_token_ids = drawn
+        return ModelRunnerOutput(token_ids=all_ids, logprobs=[0.0] * len(all_ids), policy_version=0)
+
+    def _draw(self, sampling: SamplingBatch) -> list[int]:
+        """One step of the device."""
+        start = time.perf_counter()
+        time.sleep(self.step_seconds)
+        self.slept_seconds += time.perf_counter() - start
+        keys = sampling.draws[1:4].numpy().view(np.uint64) * _MULTIPLIERS
+        mixed = keys[0] ^ keys[1] ^ keys[2]
+        return ((mixed ^ mixed >> np.uint64(15)) % np.uint64(NUM_TOKEN_IDS)).tolist()
