@@ -47,7 +47,7 @@ class SamplingBatch:
         """
         samples = [sample for item in plan.scheduled for sample in item.samples]
         keys = np.frombuffer(b"".join([sample.draw_key for sample in samples]), DRAW_KEY)
-        counts = np.array([len(item.samples) for item in plan.scheduled])
+        counts = [len(item.samples) for item in plan.scheduled]
         rows = np.repeat(np.asarray(cu_seqlens, dtype=np.int64)[1:] - 1, counts)
         draws = np.empty((5, len(samples)), np.int64)
         draws[1] = keys["seed"]

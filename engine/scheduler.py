@@ -13,6 +13,7 @@ them.
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,9 +23,9 @@ from typing import Literal, Protocol
 from engine.admission import check_can_be_served
 from engine.block_pool import BlockPool
 from engine.kv_cache_manager import KVCacheManager
-from engine.outputs import Completion, EngineStats, NewToken, StepOutput
+from engine.outputs import Completion, EngineStats, NewToken, StepOutput, TokenDetail
 from engine.request import Request, RequestStatus
-from engine.step_plan import DrawnTokens, ModelRunnerOutput, ScheduledRequest, SchedulerOutput
+from engine.step_plan import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
 
 _order = attrgetter("order")
 
@@ -197,7 +198,10 @@ class Scheduler:
 
         What is drawn for a sample that has ended meanwhile is dropped.
         """
-        drawn = DrawnTokens(output)
+        num_drawn = sum([len(entry.samples) * entry.num_steps for entry in scheduled.scheduled])
+        assert num_drawn == len(output.token_ids) == len(output.logprobs), "not one token for each sample and step"
+        drawn = zip(output.token_ids, output.logprobs, output.details or itertools.repeat(None), strict=False)
+        policy_version = output.policy_version
         self._num_steps_under_way -= 1
         for collected, first_token, entries in output.prompt_logprobs:
             collected.take(first_token, entries)
@@ -206,8 +210,10 @@ class Scheduler:
             for entry in scheduled.scheduled:
                 if number < entry.num_steps:
                     for sample in entry.samples:
-                        self._take_token(sample, drawn, step)
-        drawn.check_all_taken()
+                        token_id, logprob, detail = next(drawn)
+                        sample.num_pending_tokens -= 1
+                        if sample.status is not RequestStatus.FINISHED:  # else stopped or aborted meanwhile
+                            self._take_token(sample, token_id, logprob, policy_version, detail, step)
         self.num_generated_tokens += len(step.new_tokens)
         if step.finished:
             self._drop_finished()
@@ -255,7 +261,7 @@ class Scheduler:
             if self.admission == "started" and not request.has_started:
                 place += 1
                 continue
-            if self._num_seats_taken + request.num_seats > self.max_num_seqs or request.num_pending_tokens:
+            if not self._has_seats_for(request) or request.num_pending_tokens:
                 return
             cached_block_ids = self.kv_cache.find_cached_blocks(request)
             if not self._can_admit(request, cached_block_ids, plan):
@@ -265,9 +271,12 @@ class Scheduler:
             self.kv_cache.extend(request, request.num_computed_tokens + num_tokens)
             self._plan(request, num_tokens, plan)
 
+    def _has_seats_for(self, request: Request) -> bool:
+        return self._num_seats_taken + request.num_seats <= self.max_num_seqs
+
     def _num_steps_of_cycle(self) -> int:
-        """Several where all decode and nobody waits; else one."""
-        if self.max_steps == 1 or self.waiting:
+        """Several where all decode and nobody could begin; else one."""
+        if self.max_steps == 1 or (self.waiting and self._has_seats_for(self.waiting[0])):
             return 1
         all_decode = all(request.num_missing_tokens == 1 and not request.siblings for request in self.running)
         return self.max_steps if all_decode else 1
@@ -406,13 +415,17 @@ class Scheduler:
         place = bisect_left(self.running, leader.order, key=_order) + 1
         self.running[place:place] = siblings
 
-    def _take_token(self, sample: Request, drawn: DrawnTokens, step: StepOutput) -> None:
-        token_id, logprob, detail = drawn.take()
-        sample.num_pending_tokens -= 1
-        if sample.status is RequestStatus.FINISHED:  # stopped or aborted while the step ran
-            return
-        sample.append_token(token_id, logprob, drawn.policy_version, detail)
-        step.new_tokens.append(NewToken(sample.request_id, sample.index, token_id, logprob, drawn.policy_version))
+    def _take_token(
+        self,
+        sample: Request,
+        token_id: int,
+        logprob: float,
+        policy_version: int,
+        detail: TokenDetail | None,
+        step: StepOutput,
+    ) -> None:
+        sample.append_token(token_id, logprob, policy_version, detail)
+        step.new_tokens.append(NewToken(sample.request_id, sample.index, token_id, logprob, policy_version))
         if sample.check_stop(self.max_model_len):
             self._finish(sample)
             step.finished.append(sample.to_completion())

@@ -32,7 +32,7 @@ class ScheduledRequest(NamedTuple):
     @property
     def completion_position(self) -> int:
         """Position in the completion of the token that its samples draw."""
-        return self.end - self.request.num_prompt_tokens
+        return self.start + self.num_tokens - self.request.num_prompt_tokens
 
 
 @dataclass(slots=True, kw_only=True)
@@ -52,7 +52,7 @@ class SchedulerOutput:
 def later_step(plan: SchedulerOutput, number: int) -> SchedulerOutput:
     """Step `number` of a cycle as a plan of its own, made from that of the step before."""
     going_on = [
-        entry._replace(start=entry.start + 1, source=place)
+        ScheduledRequest(entry.request, entry.start + 1, 1, entry.samples, place, entry.num_steps)
         for place, entry in enumerate(plan.scheduled)
         if entry.num_steps > number
     ]
@@ -72,20 +72,3 @@ class ModelRunnerOutput:
     policy_version: int  # of the weights at launch
     details: list[TokenDetail | None] | None = None  # None where no sample of the step has any
     prompt_logprobs: Sequence[ScoredRows] = ()  # of requests that report on their prompts
-
-
-class DrawnTokens:
-    """The tokens that a step has drawn, taken one by one in the order of its samples."""
-
-    def __init__(self, output: ModelRunnerOutput) -> None:
-        self.policy_version = output.policy_version
-        details = output.details or [None] * len(output.token_ids)
-        self._rest = iter(zip(output.token_ids, output.logprobs, details, strict=True))
-
-    def take(self) -> tuple[int, float, TokenDetail | None]:
-        drawn = next(self._rest, None)
-        assert drawn is not None, "fewer tokens than samples"
-        return drawn
-
-    def check_all_taken(self) -> None:
-        assert next(self._rest, None) is None, "more tokens than samples"

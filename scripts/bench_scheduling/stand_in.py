@@ -25,6 +25,7 @@ class PreparedStep(NamedTuple):
     plan: SchedulerOutput
     inputs: InputBuffers
     batch: InputBatch
+    token_ids: np.ndarray  # that the device will have drawn when it wakes
 
 
 class StandIn:
@@ -46,28 +47,34 @@ class StandIn:
 
     def prepare(self, plan: SchedulerOutput) -> PreparedStep:
         inputs = next(self._next_inputs)
-        return PreparedStep(plan, inputs, inputs.pack(plan))
+        batch = inputs.pack(plan)
+        return PreparedStep(plan, inputs, batch, _tokens(batch.sampling))
 
     def execute(self, prepared: PreparedStep) -> ModelRunnerOutput:
         """As `ModelRunner.execute` does: pending tokens are filled in, later steps of a cycle go on from their own."""
-        plan, inputs, batch = prepared
-        token_ids = self._draw(inputs.load(batch, self._drawn_token_ids).sampling)
+        plan, inputs, batch, drawn_ids = prepared
+        inputs.load(batch, self._drawn_token_ids)
+        token_ids = self._draw(drawn_ids)
         all_ids, drawn, places = list(token_ids), list(token_ids), list(range(len(token_ids)))
         for number in range(1, plan.num_steps):
             plan = later_step(plan, number)
             places = [places[entry.source] for entry in plan.scheduled]
-            token_ids = self._draw(inputs.load(inputs.advance(plan), token_ids).sampling)
+            token_ids = self._draw(_tokens(inputs.load(inputs.advance(plan), token_ids).sampling))
             all_ids += token_ids
             for place, token_id in zip(places, token_ids, strict=True):
                 drawn[place] = token_id
         self._drawn_token_ids = drawn
         return ModelRunnerOutput(token_ids=all_ids, logprobs=[0.0] * len(all_ids), policy_version=0)
 
-    def _draw(self, sampling: SamplingBatch) -> list[int]:
+    def _draw(self, token_ids: np.ndarray) -> list[int]:
         """One step of the device."""
         start = time.perf_counter()
         time.sleep(self.step_seconds)
         self.slept_seconds += time.perf_counter() - start
-        keys = sampling.draws[1:4].numpy().view(np.uint64) * _MULTIPLIERS
-        mixed = keys[0] ^ keys[1] ^ keys[2]
-        return ((mixed ^ mixed >> np.uint64(15)) % np.uint64(NUM_TOKEN_IDS)).tolist()
+        return token_ids.tolist()
+
+
+def _tokens(sampling: SamplingBatch) -> np.ndarray:
+    keys = sampling.draws[1:4].numpy().view(np.uint64) * _MULTIPLIERS
+    mixed = keys[0] ^ keys[1] ^ keys[2]
+    return (mixed ^ mixed >> np.uint64(15)) % np.uint64(NUM_TOKEN_IDS)

@@ -590,7 +590,7 @@ def test_an_output_of_the_wrong_length_is_a_bug():
     engine = Engine()
     engine.add("a", 6, n=2)
     plan = engine.scheduler.schedule()
-    with pytest.raises(AssertionError, match="fewer tokens than samples"):
+    with pytest.raises(AssertionError, match="not one token for each sample"):
         engine.scheduler.update_from_output(plan, ModelRunnerOutput(token_ids=[1], logprobs=[-1.0], policy_version=0))
 
 

@@ -177,15 +177,24 @@ def test_a_cycle_reserves_its_blocks_and_ends_each_request_where_it_must():
     engine.drain()
 
 
-def test_one_step_at_a_time_while_somebody_waits_or_prefills():
-    engine = Engine(Limits(num_scheduler_steps=4, max_num_seqs=2, max_num_batched_tokens=8))
+def test_one_step_at_a_time_while_somebody_prefills_or_could():
+    engine = Engine(Limits(num_scheduler_steps=4, max_num_seqs=3, max_num_batched_tokens=8), num_blocks=13)
     engine.add("a", 4, max_tokens=30)
     engine.step(never_stop)
     engine.add("long", 12, max_tokens=30)
     assert [len(engine.step(never_stop).new_tokens) for _ in range(2)] == [1, 2]
     assert len(engine.step(never_stop).new_tokens) == 8, "both decode and nobody waits"
-    engine.add("waits", 4, max_tokens=1)
+    engine.add("waits for blocks", 30, max_tokens=1)
     assert len(engine.step(never_stop).new_tokens) == 2
+    assert engine.waiting() == [("waits for blocks", 0)]
+
+
+def test_nobody_is_kept_from_beginning_by_a_cycle_where_all_seats_are_taken():
+    engine = Engine(Limits(num_scheduler_steps=4, max_num_seqs=1))
+    engine.add("a", 4, max_tokens=6)
+    engine.add("waits for a seat", 4, max_tokens=1)
+    assert [len(engine.step(never_stop).new_tokens) for _ in range(3)] == [1, 4, 1]
+    assert [token.request_id for token in engine.step(never_stop).new_tokens] == ["waits for a seat"]
 
 
 def test_a_sample_that_stops_in_a_cycle_frees_its_blocks():
