@@ -15,7 +15,7 @@ VOCAB_SIZE = 49152
 CHAT_TOKENS, CHAT_NEW_TOKENS = 64, 32
 DOCUMENT_TOKENS = 4096
 DOCUMENT_SHARE = 0.5  # of the capacity: what documents alone would keep the machine busy for
-CHAT_SHARE = 0.25  # the same for chats, if they came by the batch
+CHAT_SHARE = 0.3  # the same for chats, if they came by the batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,22 +43,20 @@ class Load:
 
 
 def stream(seconds: float, chats_per_second: float, documents_per_second: float, seed: int) -> Load:
-    """Two Poisson streams at once: chats, and documents among them."""
-    draw = random.Random(seed)
-    chats = [
-        _arrival(draw, at, "chat", CHAT_TOKENS, CHAT_NEW_TOKENS) for at in _poisson(draw, chats_per_second, seconds)
-    ]
-    documents = [
-        _arrival(draw, at, "document", DOCUMENT_TOKENS, CHAT_NEW_TOKENS)
-        for at in _poisson(draw, documents_per_second, seconds)
-    ]
+    """A Poisson stream of chats in which every so-manieth request is a document."""
+    draw, distance = random.Random(seed), 1 + round(chats_per_second / documents_per_second)
+    arrivals: list[Arrival] = []
+    for place, at in enumerate(_poisson(draw, documents_per_second * distance, seconds)):
+        if place % distance == distance // 2:
+            arrivals.append(_arrival(draw, at, "document", DOCUMENT_TOKENS, CHAT_NEW_TOKENS))
+        else:
+            arrivals.append(_arrival(draw, at, "chat", CHAT_TOKENS, CHAT_NEW_TOKENS))
+    num_documents = sum(arrival.kind == "document" for arrival in arrivals)
     title = (
-        f"(a) {seconds:.0f} s of Poisson arrivals: {len(chats)} chats of {CHAT_TOKENS} + {CHAT_NEW_TOKENS} tokens "
-        f"({chats_per_second:.2f}/s, {CHAT_SHARE:.0%} of the capacity) and {len(documents)} documents of "
-        f"{DOCUMENT_TOKENS} + {CHAT_NEW_TOKENS} ({documents_per_second:.2f}/s, {DOCUMENT_SHARE:.0%}); latencies of the "
-        "chats"
+        f"(a) a Poisson stream, {len(arrivals)} requests in {seconds:.0f} s: {len(arrivals) - num_documents} chats of "
+        f"{CHAT_TOKENS} + {CHAT_NEW_TOKENS} tokens ({CHAT_SHARE:.0%} of the capacity), {num_documents} documents of "
+        f"{DOCUMENT_TOKENS} + {CHAT_NEW_TOKENS} ({DOCUMENT_SHARE:.0%}); latencies of chats"
     )
-    arrivals = sorted([*chats, *documents], key=lambda arrival: arrival.seconds)
     return Load(title=title, arrivals=arrivals, num_requests=len(arrivals))
 
 

@@ -21,6 +21,10 @@ SMOLLM2: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
 }  # fmt: skip
 CUT: dict[str, Any] = {**SMOLLM2, "num_hidden_layers": 2}
+WIDE: dict[str, Any] = {
+    **SMOLLM2, "hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_hidden_layers": 2, "vocab_size": 151936,
+}  # fmt: skip
 TINY: dict[str, Any] = {
     **SMOLLM2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 32, "num_hidden_layers": 2,
