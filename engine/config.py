@@ -48,6 +48,9 @@ class EngineConfig:
     async_scheduling: bool | Literal["auto"] = "auto"
     num_scheduler_steps: int = 1  # decode steps in one scheduling cycle
     seed: int = 0  # requests without a seed derive theirs from it
+    # a file for a Chrome trace of the steps, written by write_trace() and at the engine's end; {pid} in it stands for
+    # the process, so that engines of a pool have one each
+    trace_path: str | None = None
 
     def __new__(cls, *args: object, **options: object) -> EngineConfig:
         reject_unknown_options(cls, options)
@@ -57,6 +60,8 @@ class EngineConfig:
         object.__setattr__(self, "model", _model_name(self.model))
         if self.num_threads is None:
             object.__setattr__(self, "num_threads", available_cores())
+        if self.trace_path is not None:
+            object.__setattr__(self, "trace_path", os.fspath(self.trace_path))
         self._check_choices()
         self._check_ranges()
 

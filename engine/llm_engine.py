@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal, get_args
 
 import kernels
@@ -24,7 +26,9 @@ from engine.request import Request
 from engine.resume import resumed_entries
 from engine.sampling_params import SamplingParams
 from engine.scheduler import MAX_STEPS_UNDER_WAY, Scheduler
+from engine.timing import StepClock
 from engine.tokenizer import Prompt, encode, load_tokenizer
+from engine.trace import Trace, trace_file
 
 MAX_POLICY_VERSION = 2**31 - 1
 
@@ -57,6 +61,8 @@ class LLMEngine:
         needs no more than a config.json. ops: instead of those of device and profile, to compare with them. runner:
         carries out the steps instead of the model runner, as a stand-in for another device.
         """
+        self._trace_file = trace_file(config.trace_path)
+        self._clock = StepClock(None if self._trace_file is None else Trace())
         kernels.set_num_threads(config.num_threads)
         if ops is None:
             ops = make_ops(config.profile_name, "cuda" if config.device_name == "cuda" else "cpu")
@@ -67,16 +73,19 @@ class LLMEngine:
         self.max_model_len = config.resolve_max_model_len(self.model_config)
         num_blocks = resolve_num_blocks(config, self.model_config, self.max_model_len, ops)
         self.config = replace(config, max_model_len=self.max_model_len, device=config.device_name)
-        self.model_runner = ModelRunner(self.model_config, self.config, num_blocks, ops)
+        self.model_runner = ModelRunner(self.model_config, self.config, num_blocks, ops, self._clock)
         weights = iter_weights(directory) if make_weights is None else make_weights(self.weight_shapes())
         self.weights_checksum = self.model_runner.load_weights(weights, policy_version=0)
         block_pool = BlockPool(num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(self.config, block_pool, self.weights_checksum)
-        self._pipeline = Pipeline(runner or self.model_runner, MAX_STEPS_UNDER_WAY if self.config.is_async else 1)
+        depth = MAX_STEPS_UNDER_WAY if self.config.is_async else 1
+        self._pipeline = Pipeline(runner or self.model_runner, depth, self._clock)
         self._undelivered = StepOutput()  # of steps that were taken in between two calls of `step`
         self._paused: PauseMode | None = None
         self._is_updating = False
         self._num_calls = 0
+        if self._clock.trace is not None:  # also without a call of `write_trace`, when the engine or the process ends
+            weakref.finalize(self, self._clock.trace.write, self._trace_file)
 
     @property
     def policy_version(self) -> int:
@@ -260,7 +269,17 @@ class LLMEngine:
         return self.model_runner.model.weight_shapes()
 
     def stats(self) -> EngineStats:
-        return self.scheduler.stats(self.policy_version)
+        return self.scheduler.stats(self.policy_version, self._clock.seconds())
+
+    def write_trace(self) -> Path:
+        """Writes what was recorded so far (`EngineConfig.trace_path`) and returns the file; it may be called again.
+
+        Raises ValueError where no trace was asked for.
+        """
+        if self._clock.trace is None or self._trace_file is None:
+            raise ValueError("nothing was recorded: give EngineConfig(trace_path=...) a file")
+        self._clock.trace.write(self._trace_file)
+        return self._trace_file
 
     def check_integrity(self) -> None:
         """Asserts that queues, references, free blocks and tables add up."""
@@ -272,7 +291,8 @@ class LLMEngine:
             raise ValueError("the engine cannot step while its weights change: the tensors' iterator called it")
         while self._pipeline.has_room and self._paused in (None, "wait"):
             with self._abandoning_on_failure():
-                plan = self.scheduler.schedule()
+                with self._clock.part("schedule") as part:
+                    part.plan = plan = self.scheduler.schedule()
                 if plan.is_empty:
                     return
                 self._pipeline.launch(plan)
@@ -282,7 +302,9 @@ class LLMEngine:
         if not len(self._pipeline):
             return
         with self._abandoning_on_failure():
-            self._undelivered.extend(self.scheduler.update_from_output(*self._pipeline.take()))
+            plan, output = self._pipeline.take()
+            with self._clock.part("update", plan):
+                self._undelivered.extend(self.scheduler.update_from_output(plan, output))
         if not self.scheduler.has_unfinished():
             self._drain()
 

@@ -19,6 +19,7 @@ from engine.ops import Ops
 from engine.recorded_steps import RecordedSteps
 from engine.sampler import Sampler, SamplerOutput
 from engine.step_plan import ModelRunnerOutput, SchedulerOutput, later_step
+from engine.timing import StepClock
 from kernels.profiles import GPU_PROFILES
 from kernels.recording import Arena
 
@@ -46,10 +47,17 @@ class ModelRunner:
     A step may be prepared while the one before is executed, on another thread.
     """
 
-    def __init__(self, config: ModelConfig, engine_config: EngineConfig, num_blocks: int, ops: Ops) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        engine_config: EngineConfig,
+        num_blocks: int,
+        ops: Ops,
+        clock: StepClock | None = None,
+    ) -> None:
         """engine_config: with max_model_len resolved."""
         block_size = engine_config.block_size
-        self.config, self.ops = config, ops
+        self.config, self.ops, self.clock = config, ops, clock or StepClock()
         self.model = Transformer(config, ops=ops)
         self.sampler = Sampler(self.model.lm_head)
         self.policy_version = 0
@@ -97,7 +105,9 @@ class ModelRunner:
     def _execute_batch(self, batch: InputBatch, lane: _Lane, drawn_token_ids: Sequence[int]) -> SamplerOutput:
         """drawn_token_ids: by the samples of the step before, whom pending tokens are taken from."""
         batch = lane.inputs.load(batch, drawn_token_ids)
-        return self.sampler(self._hidden_states(batch, lane.steps), batch.sampling, batch.prompt_rows)
+        hidden_TD = self._hidden_states(batch, lane.steps)
+        with self.clock.part("sample"):
+            return self.sampler(hidden_TD, batch.sampling, batch.prompt_rows)
 
     def _hidden_states(self, batch: InputBatch, steps: RecordedSteps | CapturedSteps | None) -> torch.Tensor:
         def forward() -> torch.Tensor:

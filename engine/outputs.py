@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Literal
+
+from engine.timing import RequestTiming, RequestTotals, StepSeconds
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -29,6 +32,8 @@ class Completion:
     # where `prompt_logprobs=k` asks for it: by prompt token (None for the first) the k likeliest token ids and the
     # prompt's own, under the model's own distribution; an aborted one has as many as were computed
     prompt_logprobs: list[dict[int, float] | None] | None = None
+    # no part of the result, so two completions are equal whenever they were made
+    timing: RequestTiming | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +62,12 @@ class StepOutput:
 
     new_tokens: list[NewToken] = field(default_factory=list)
     finished: list[Completion] = field(default_factory=list)
+    time: float = field(default_factory=monotonic, compare=False)  # at which it was taken in, by `time.monotonic`
 
     def extend(self, later: StepOutput) -> None:
         self.new_tokens += later.new_tokens
         self.finished += later.finished
+        self.time = later.time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,4 +94,7 @@ class EngineStats:
     num_steps: int
     num_scheduled_tokens: int
     num_generated_tokens: int
+    num_evictions: int  # cached blocks that were given to others
+    requests: RequestTotals
+    step_seconds: StepSeconds
     policy_version: int

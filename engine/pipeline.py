@@ -8,6 +8,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 from engine.step_plan import ModelRunnerOutput, SchedulerOutput
+from engine.timing import StepClock
 
 SWITCH_SECONDS = 2e-4  # for which the thread that executes may have to wait for the interpreter
 
@@ -29,10 +30,10 @@ class Pipeline:
     stand still while a plan is made.
     """
 
-    def __init__(self, runner: Runner, depth: int) -> None:
+    def __init__(self, runner: Runner, depth: int, clock: StepClock | None = None) -> None:
         if depth > 1:
             sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_SECONDS))
-        self.runner, self.depth = runner, depth
+        self.runner, self.depth, self.clock = runner, depth, clock or StepClock()
         self._under_way: deque[tuple[SchedulerOutput, Future[ModelRunnerOutput]]] = deque()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="lockstep-execute") if depth > 1 else None
         self._has_failed = False
@@ -46,8 +47,9 @@ class Pipeline:
 
     def launch(self, plan: SchedulerOutput) -> None:
         """Prepares the plan and runs it after those under way."""
-        prepared = self.runner.prepare(plan)
-        self._under_way.append((plan, self._submit(prepared)))
+        with self.clock.part("prepare", plan):
+            prepared = self.runner.prepare(plan)
+        self._under_way.append((plan, self._submit(plan, prepared)))
 
     def take(self) -> tuple[SchedulerOutput, ModelRunnerOutput]:
         """Waits for the oldest step: its plan and what came out. What the step raised is raised here."""
@@ -63,19 +65,23 @@ class Pipeline:
         self._under_way.clear()
         self._has_failed = False
 
-    def _submit(self, prepared: Any) -> Future[ModelRunnerOutput]:
+    def _submit(self, plan: SchedulerOutput, prepared: Any) -> Future[ModelRunnerOutput]:
         if self._executor is not None:
-            return self._executor.submit(self._execute, prepared)
+            return self._executor.submit(self._execute_after_others, plan, prepared)
         done: Future[ModelRunnerOutput] = Future()
-        done.set_result(self.runner.execute(prepared))
+        done.set_result(self._execute(plan, prepared))
         return done
 
-    def _execute(self, prepared: Any) -> ModelRunnerOutput:
+    def _execute(self, plan: SchedulerOutput, prepared: Any) -> ModelRunnerOutput:
+        with self.clock.part("execute", plan):
+            return self.runner.execute(prepared)
+
+    def _execute_after_others(self, plan: SchedulerOutput, prepared: Any) -> ModelRunnerOutput:
         """A step after one that failed would go on from tokens that do not exist."""
         if self._has_failed:
             raise CancelledError("an earlier step failed")
         try:
-            return self.runner.execute(prepared)
+            return self._execute(plan, prepared)
         except BaseException:
             self._has_failed = True
             raise

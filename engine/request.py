@@ -15,6 +15,7 @@ from engine.outputs import Completion, FinishReason, TokenDetail
 from engine.prompt_logprobs import PromptLogprobs
 from engine.sampling_params import SamplingParams
 from engine.seen_tokens import SeenTokens
+from engine.timing import RequestStamps
 from engine.truncation import NO_IDS, TruncationRules
 
 
@@ -68,6 +69,7 @@ class Request:
     stop_reason: int | str | None = None
     is_exact: bool = True
     num_preemptions: int = 0
+    stamps: RequestStamps = field(default_factory=RequestStamps, repr=False)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
@@ -219,8 +221,8 @@ class Request:
         self.stop_reason = stop_reason
         return True
 
-    def to_completion(self) -> Completion:
-        """The finished sample as the caller sees it."""
+    def to_completion(self, end: float) -> Completion:
+        """The finished sample as the caller sees it; `end` is when it finished, by `time.monotonic`."""
         assert self.finish_reason is not None, f"request {self.request_id!r} is not finished"
         return Completion(
             request_id=self.request_id,
@@ -233,6 +235,7 @@ class Request:
             text=self._text(),
             is_exact=self.is_exact,
             prompt_logprobs=self._known_prompt_logprobs(),
+            timing=self.stamps.timing(end, self.num_output_tokens),
             **self._detail_columns(),
         )
 

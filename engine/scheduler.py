@@ -18,6 +18,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from operator import attrgetter
+from time import monotonic
 from typing import Literal, Protocol
 
 from engine.admission import check_can_be_served
@@ -26,6 +27,7 @@ from engine.kv_cache_manager import KVCacheManager
 from engine.outputs import Completion, EngineStats, NewToken, StepOutput, TokenDetail
 from engine.request import Request, RequestStatus
 from engine.step_plan import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
+from engine.timing import RequestTotals, StepSeconds, note_scheduled
 
 _order = attrgetter("order")
 
@@ -60,6 +62,7 @@ class _Plan:
     scheduled: list[ScheduledRequest] = field(default_factory=list)
     block_copies: list[tuple[int, int]] = field(default_factory=list)
     num_promised_blocks: int = 0  # that the scheduled requests still need before all of them decode
+    time: float = field(default_factory=monotonic)
 
 
 class Scheduler:
@@ -83,6 +86,7 @@ class Scheduler:
         self.num_generated_tokens = 0
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
+        self.request_totals = RequestTotals()
         self._unfinished: dict[str, list[Request]] = {}
         self._num_seats_taken = 0
         self._num_arrivals = 0
@@ -135,7 +139,10 @@ class Scheduler:
             sample.finish_reason = "abort"
             self._finish(sample)
         self._drop_finished()
-        return [sample.to_completion() for sample in samples]
+        now = monotonic()
+        completions = [sample.to_completion(now) for sample in samples]
+        self.request_totals.add(completions)
+        return completions
 
     def set_weights(self, checksum: bytes, mode: Literal["recompute", "keep"]) -> int:
         """New weights are in place. Returns how many stored tokens of running requests were dropped.
@@ -217,9 +224,10 @@ class Scheduler:
         self.num_generated_tokens += len(step.new_tokens)
         if step.finished:
             self._drop_finished()
+            self.request_totals.add(step.finished)
         return step
 
-    def stats(self, policy_version: int = 0) -> EngineStats:
+    def stats(self, policy_version: int = 0, step_seconds: StepSeconds | None = None) -> EngineStats:
         pool = self.block_pool
         queries = self.prefix_cache_queries
         return EngineStats(
@@ -235,6 +243,9 @@ class Scheduler:
             num_steps=self.num_steps,
             num_scheduled_tokens=self.num_scheduled_tokens,
             num_generated_tokens=self.num_generated_tokens,
+            num_evictions=pool.num_evictions,
+            requests=self.request_totals.snapshot(),
+            step_seconds=step_seconds or StepSeconds(),
             policy_version=policy_version,
         )
 
@@ -267,6 +278,7 @@ class Scheduler:
             if not self._can_admit(request, cached_block_ids, plan):
                 return
             self._admit(place, cached_block_ids)
+            note_scheduled(request, plan.time)
             num_tokens = self._share(request, plan)
             self.kv_cache.extend(request, request.num_computed_tokens + num_tokens)
             self._plan(request, num_tokens, plan)
@@ -316,6 +328,7 @@ class Scheduler:
 
     def _launch(self, plan: _Plan) -> SchedulerOutput:
         """Counts the step as under way; groups whose prompt it completes fork."""
+        number = self.num_steps + 1
         num_scheduled_tokens = self.max_num_batched_tokens - plan.token_budget
         num_steps = max([entry.num_steps for entry in plan.scheduled], default=1) if plan.num_steps > 1 else 1
         self.num_steps += num_steps if plan.scheduled else 0
@@ -335,6 +348,7 @@ class Scheduler:
             block_copies=plan.block_copies,
             num_scheduled_tokens=num_scheduled_tokens,
             num_steps=num_steps,
+            number=number,
         )
 
     def _make_room(self, request: Request, num_tokens: int, plan: _Plan) -> bool:
@@ -426,9 +440,11 @@ class Scheduler:
     ) -> None:
         sample.append_token(token_id, logprob, policy_version, detail)
         step.new_tokens.append(NewToken(sample.request_id, sample.index, token_id, logprob, policy_version))
+        if sample.stamps.first_token is None:
+            sample.stamps.note_first_token(step.time, sample.num_output_tokens)
         if sample.check_stop(self.max_model_len):
             self._finish(sample)
-            step.finished.append(sample.to_completion())
+            step.finished.append(sample.to_completion(step.time))
         elif sample.num_pending_tokens:
             self._register_known_block(sample)
 

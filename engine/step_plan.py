@@ -43,6 +43,16 @@ class SchedulerOutput:
     block_copies: list[tuple[int, int]]  # (source, destination), made in this order before the step stores anything
     num_scheduled_tokens: int
     num_steps: int = 1
+    number: int = 0  # of its first step since the engine was built, from 1
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What a trace shows of the step."""
+        return {
+            "step": self.number,
+            "num_requests": len(self.scheduled),
+            "num_scheduled_tokens": self.num_scheduled_tokens,
+        }
 
     @property
     def is_empty(self) -> bool:

@@ -13,7 +13,7 @@ from rich.table import Table
 from scripts.bench_scheduling import loads
 from scripts.bench_scheduling.loads import Load
 from scripts.bench_scheduling.replay import Figures, median_figures, replay
-from scripts.bench_scheduling.variants import CUT, TINY, WIDE, V0, V1, VARIANTS, Setting, Variant, run, start
+from scripts.bench_scheduling.variants import CUT, TINY, V0, VARIANTS, WIDE, Setting, Variant, run, start
 
 BLOCKS = 4096  # of 16 tokens: room for every load to run in without preemption
 STREAM = Setting(

@@ -72,7 +72,7 @@ class V0Scheduler:
             if request.check_stop(self.max_model_len):
                 self.kv_cache.release(request)
                 request.status = RequestStatus.FINISHED
-                step.finished.append(request.to_completion())
+                step.finished.append(request.to_completion(step.time))
         if step.finished:
             self.running = deque(one for one in self.running if one.status is not RequestStatus.FINISHED)
         return step

@@ -723,7 +723,7 @@ def test_without_a_tokenizer_there_is_no_text():
     request = Request(request_id="a", prompt_token_ids=[1], params=SamplingParams(max_tokens=1))
     request.append_token(5, -1.0, 0)
     assert request.check_stop(10)
-    assert request.to_completion().text == ""
+    assert request.to_completion(end=0.0).text == ""
 
 
 def test_a_stop_string_survives_preemption_between_its_tokens():

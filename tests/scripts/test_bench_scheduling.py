@@ -208,7 +208,7 @@ def test_loads_are_the_same_for_the_same_seed_and_in_order_of_time():
     assert times == sorted(times)
     assert 0 < times[0] < times[-1] < 50
     assert 800 < sum(one.kind == "chat" for one in load.arrivals) < 1200
-    assert sum(one.kind == "document" for one in load.arrivals) == 50
+    assert 40 < sum(one.kind == "document" for one in load.arrivals) < 60
     assert {len(one.prompt_token_ids) for one in load.arrivals} == {64, 4096}
 
 
