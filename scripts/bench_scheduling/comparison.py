@@ -19,7 +19,7 @@ BLOCKS = 4096  # of 16 tokens: room for every load to run in without preemption
 STREAM = Setting(
     model=WIDE,
     max_model_len=loads.DOCUMENT_TOKENS + 64,
-    options={"num_blocks": BLOCKS, "max_num_batched_tokens": 1024, "long_prefill_token_threshold": 256},
+    options={"num_blocks": BLOCKS, "max_num_batched_tokens": 1024, "long_prefill_token_threshold": 128},
 )
 GROUPS = Setting(
     model=CUT, max_model_len=loads.DOCUMENT_TOKENS + 64, options={"num_blocks": 5120, "max_num_batched_tokens": 2048}
