@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,12 +38,10 @@ def test_as_many_groups_fit_as_it_says(tiny_model_dir: Callable[..., Path]) -> N
 
 
 def test_it_prints_a_table_and_loads_no_weight(
-    tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    tiny_model_dir: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    directory = tiny_model_dir()
-    for weights in directory.glob("*.safetensors"):
-        weights.unlink()
-    assert main([str(directory), "--num-blocks", "100", "--max-num-seqs", "16", "--group-size", "4"]) == 0
+    shutil.copy(tiny_model_dir() / "config.json", tmp_path)
+    assert main([str(tmp_path), "--num-blocks", "100", "--max-num-seqs", "16", "--group-size", "4"]) == 0
     lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.strip().splitlines())
     assert lines["tokens that fit"].strip() == "1,600"
     assert "100 blocks of 16 tokens" in lines["KV pool"]
