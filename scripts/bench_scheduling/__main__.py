@@ -1,7 +1,8 @@
 """`python -m scripts.bench_scheduling`: V1-style scheduling beside a V0-style loop, and what the engine's host costs.
 
-Every loop gets the same load by the same clock; the loops take turns. Loads (a) and (b) run on real kernels, with
-random weights in the shape of SmolLM2-135M cut to two layers; (c) runs on stand-ins for a device, which sleep.
+Every loop gets the same load by the same clock; the loops take turns. Loads (a) and (b) run on real kernels and random
+weights: (b) in the shape of SmolLM2-135M cut to two layers, (a) in that or, by default, in one with a small body and a
+large vocabulary (`variants.WIDE` says why: what (a) shows depends on it). (c) runs on stand-ins for a device.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from scripts.bench_scheduling.comparison import (
     compare_groups,
     compare_stream,
 )
-from scripts.bench_scheduling.variants import TINY
+from scripts.bench_scheduling.variants import STREAM_MODELS, TINY
 from scripts.timing import results_table, summary, write_json
 
 Section = Literal["stream", "groups", "burst", "host", "peer"]
@@ -40,6 +41,8 @@ class Options:
     """Loads (a), (b) and (c), the host's work in a step, and requests a second beside vLLM."""
     numerics: Literal["float32", "bfloat16", "bfloat16-dot"] = "bfloat16-dot"
     """Profile of the kernels in (a) and (b)."""
+    stream_model: Literal["wide", "smollm2-cut"] = "wide"
+    """Shape of the model in (a)."""
     stream_seconds: float = 20.0
     """How long requests arrive in (a), which every loop runs once."""
     repetitions: int = 3
@@ -65,7 +68,8 @@ def main(options: Options) -> None:
 
 
 def run_stream(options: Options, console: Console) -> dict[str, Any]:
-    return shown(compare_stream(options.stream_seconds, {"numerics": options.numerics}), console)
+    model = STREAM_MODELS[options.stream_model]
+    return shown(compare_stream(options.stream_seconds, model, {"numerics": options.numerics}), console)
 
 
 def run_groups(options: Options, console: Console) -> dict[str, Any]:

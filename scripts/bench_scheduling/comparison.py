@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.table import Table
 from scripts.bench_scheduling import loads
 from scripts.bench_scheduling.loads import Load
 from scripts.bench_scheduling.replay import Figures, median_figures, replay
-from scripts.bench_scheduling.variants import CUT, TINY, V0, VARIANTS, WIDE, Setting, Variant, run, start
+from scripts.bench_scheduling.variants import CUT, TINY, V0, VARIANTS, WIDE, Setting, Variant, run, shape_of, start
 
 BLOCKS = 4096  # of 16 tokens: room for every load to run in without preemption
 STREAM = Setting(
@@ -44,8 +44,8 @@ class Comparison:
 
     def table(self) -> Table:
         headings = (
-            "requests/s", "/ V0", "tokens/s", "between tokens, ms, P50", "P99", "V0 /", "first token, ms, P99",
-            "peak blocks",
+            "requests/s", "/ V0", "tokens/s", "between tokens, ms, P50", "P99", "V0 /", "longest",
+            "first token, ms, P99", "peak blocks",
         )  # fmt: skip
         table = Table("", *headings, title=self.title, box=SIMPLE_HEAD)
         for name, turns in self.turns.items():
@@ -54,7 +54,7 @@ class Comparison:
             table.add_row(
                 name, f"{row.requests_per_second:.2f}", f"{ratios[0]:.2f}", f"{row.tokens_per_second:.0f}",
                 f"{row.between_tokens_p50:.1f}", f"{row.between_tokens_p99:.1f}", f"{ratios[1]:.1f}",
-                f"{row.first_token_p99:.0f}", f"{row.peak_blocks:.0f}",
+                f"{row.between_tokens_max:.0f}", f"{row.first_token_p99:.0f}", f"{row.peak_blocks:.0f}",
             )  # fmt: skip
         return table
 
@@ -80,12 +80,12 @@ def compare(
         load = make_load(turn)
         for variant in (*variants[turn % len(variants) :], *variants[: turn % len(variants)]):
             turns[variant.name].append(run(setting, variant, warm_up, load))
-    return Comparison(title=load.title, turns=turns)
+    return Comparison(title=f"{load.title}; {shape_of(setting.model)}", turns=turns)
 
 
-def compare_stream(seconds: float, options: Mapping[str, Any]) -> Comparison:
+def compare_stream(seconds: float, model: Mapping[str, Any], options: Mapping[str, Any]) -> Comparison:
     """(a): chats, and documents that take half of the capacity, as found by running each kind alone."""
-    setting = _with_options(STREAM, options)
+    setting = _with_options(replace(STREAM, model=model), options)
     chats, documents = (share / cost for share, cost in zip((loads.CHAT_SHARE, loads.DOCUMENT_SHARE), costs(setting)))
     warm_up = loads.groups(2, 1, 8, loads.DOCUMENT_TOKENS, seed=1000)
     return compare(setting, lambda seed: loads.stream(seconds, chats, documents, seed), warm_up, repetitions=1)
@@ -115,13 +115,11 @@ def compare_groups(repetitions: int, options: Mapping[str, Any]) -> Comparison:
 
 def compare_burst(step_seconds: float, repetitions: int) -> Comparison:
     """(c): many short requests on a stand-in for a device."""
-    setting = Setting(
-        model=BURST.model, max_model_len=BURST.max_model_len, options=BURST.options, step_seconds=step_seconds
-    )
+    setting = replace(BURST, step_seconds=step_seconds)
     warm_up = loads.burst(64, 16, 16, seed=1000)
     comparison = compare(setting, lambda seed: loads.burst(512, 64, 64, seed), warm_up, repetitions)
     return Comparison(title=f"{comparison.title}, a step takes {1e3 * step_seconds:g} ms", turns=comparison.turns)
 
 
 def _with_options(setting: Setting, options: Mapping[str, Any]) -> Setting:
-    return Setting(model=setting.model, max_model_len=setting.max_model_len, options={**setting.options, **options})
+    return replace(setting, options={**setting.options, **options})

@@ -47,6 +47,7 @@ class Figures:
     tokens_per_second: float
     between_tokens_p50: float
     between_tokens_p99: float
+    between_tokens_max: float
     first_token_p99: float
     peak_blocks: float
 
@@ -93,6 +94,7 @@ def figures_of(record: Record, load: Load) -> Figures:
         tokens_per_second=sum(map(len, record.token_seconds.values())) / record.seconds,
         between_tokens_p50=1e3 * percentile(gaps, 50),
         between_tokens_p99=1e3 * percentile(gaps, 99),
+        between_tokens_max=1e3 * percentile(gaps, 100),
         first_token_p99=1e3 * percentile(first, 99),
         peak_blocks=record.peak_blocks,
     )

@@ -172,6 +172,7 @@ def test_figures_are_those_of_the_record():
     assert figures.tokens_per_second == 7 / 4
     assert figures.between_tokens_p50 == 250.0  # of 250, 250 and 1000: the document's do not count
     assert figures.between_tokens_p99 == pytest.approx(1000 - 0.02 * 750)
+    assert figures.between_tokens_max == 1000.0
     assert figures.first_token_p99 == pytest.approx(250 + 0.99 * 250)  # of 250 and 500
     assert figures.peak_blocks == 7
 
