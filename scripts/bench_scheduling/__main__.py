@@ -42,7 +42,7 @@ class Options:
     numerics: Literal["float32", "bfloat16", "bfloat16-dot"] = "bfloat16-dot"
     """Profile of the kernels in (a) and (b)."""
     stream_model: Literal["wide", "smollm2-cut"] = "wide"
-    """Shape of the model in (a)."""
+    """Shape of the model in (a); the longest gap tells of uncut prompts where the 99th percentile does not."""
     stream_seconds: float = 20.0
     """How long requests arrive in (a), which every loop runs once."""
     repetitions: int = 3
