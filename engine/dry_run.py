@@ -1,4 +1,4 @@
-"""`python -m engine.dry_run MODEL`: prints what an engine would take and what would fit, before anything is loaded."""
+"""`python -m engine.dry_run MODEL`: prints what an engine would take and what would fit, without building it."""
 
 from __future__ import annotations
 

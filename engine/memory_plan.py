@@ -1,4 +1,4 @@
-"""MemoryPlan: what an engine will take and what will fit, from the configuration alone: no weight is loaded."""
+"""MemoryPlan: what an engine will take and what will fit, without building it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ class MemoryPlan:
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> MemoryPlan:
-        """Raises ValueError as LLMEngine does, for a model or sizes that cannot work."""
+        """Of a model directory the configuration alone is read; a .gguf or hub id is made one first, as for an engine.
+
+        Raises ValueError as LLMEngine does, for a model or sizes that cannot work.
+        """
         ops = make_ops(config.profile_name, "cuda" if config.device_name == "cuda" else "cpu")
         model_config = ModelConfig.from_directory(resolve_model(config.model))
         max_model_len = config.resolve_max_model_len(model_config)
