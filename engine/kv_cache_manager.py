@@ -20,12 +20,11 @@ class KVCacheManager:
     def find_cached_blocks(self, request: Request) -> list[int]:
         """Blocks that hold the request's first tokens; the last token is always computed, as it is drawn from.
 
-        There are none for a request that has yet to report on its prompt: all its rows must be computed.
+        There are none for a request that reports on its prompt: all rows of it must be computed.
         """
         pool = self.block_pool
         block_ids: list[int] = []
-        reports = request.prompt_logprobs is not None and not request.prompt_logprobs.is_complete
-        if reports or not pool.enable_prefix_caching:
+        if request.reports_on_prompt or not pool.enable_prefix_caching:
             return block_ids
         for index in range((len(request.token_ids) - 1) // pool.block_size):
             block_id = pool.lookup(self._block_hash(request, index))

@@ -12,7 +12,6 @@ import numpy as np
 from engine.detokenizer import Detokenizer, Tokenizer
 from engine.draw_key import pack_draw_key
 from engine.outputs import Completion, FinishReason, TokenDetail
-from engine.prompt_logprobs import PromptLogprobs
 from engine.sampling_params import SamplingParams
 from engine.seen_tokens import SeenTokens
 from engine.timing import RequestStamps
@@ -45,7 +44,6 @@ class Request:
     eos_token_ids: frozenset[int] = frozenset()
     detokenizer: Detokenizer | None = field(default=None, repr=False)
     rules: TruncationRules | None = field(default=None, repr=False)
-    prompt_logprobs: PromptLogprobs | None = field(default=None, repr=False)  # shared by the samples of a group
     siblings: tuple[Request, ...] = field(default=(), repr=False)
 
     token_ids: list[int] = field(init=False, repr=False)  # prompt, then output
@@ -61,6 +59,8 @@ class Request:
     logprobs: list[float] = field(default_factory=list, repr=False)
     policy_versions: list[int] = field(default_factory=list, repr=False)
     details: list[TokenDetail] = field(default_factory=list, repr=False)  # of every output token where there are rules
+    # of the prompt's tokens as far as they are computed, the first having none; None where nobody asks
+    prompt_logprobs: list[dict[int, float] | None] | None = field(init=False, repr=False)
     # the model runner's, which may be a step ahead of what the scheduler knows; kept where logits are written out
     drawn_token_ids: list[int] = field(default_factory=list, repr=False)
     seen: SeenTokens = field(init=False, repr=False)
@@ -76,6 +76,7 @@ class Request:
         self.num_prompt_tokens = len(self.prompt_token_ids)
         self.draw_key = pack_draw_key(self.params, self.seed, self.index, self.rules is not None)
         self.seen = SeenTokens(self.num_prompt_tokens)
+        self.prompt_logprobs = None if self.params.prompt_logprobs is None else [None]
 
     @classmethod
     def create_group(
@@ -95,8 +96,6 @@ class Request:
         prompt = list(prompt_token_ids)
         eos = frozenset(eos_token_ids)
         rules = TruncationRules.from_params(params, eos_token_ids=eos, tokenizer=tokenizer, vocab_size=vocab_size)
-        num_top = params.prompt_logprobs
-        prompt_logprobs = None if num_top is None else PromptLogprobs(len(prompt), num_top)
         samples = [
             cls(
                 request_id=request_id,
@@ -109,7 +108,6 @@ class Request:
                 eos_token_ids=eos,
                 detokenizer=None if tokenizer is None else Detokenizer(tokenizer, prompt, params.stop),
                 rules=rules,
-                prompt_logprobs=prompt_logprobs,
             )
             for index in range(params.n)
         ]
@@ -138,6 +136,15 @@ class Request:
     @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def reports_on_prompt(self) -> bool:
+        """Whether the log-probabilities of its prompt are taken from what it computes.
+
+        They are of the weights that its first token is drawn under: until then, who computes the prompt again, reports
+        again.
+        """
+        return self.prompt_logprobs is not None and len(self.token_ids) == self.num_prompt_tokens
 
     def ends_with_pending(self, max_model_len: int) -> bool:
         """Whether it has all the tokens it may have once those under way are known."""
@@ -234,14 +241,10 @@ class Request:
             stop_reason=self.stop_reason,
             text=self._text(),
             is_exact=self.is_exact,
-            prompt_logprobs=self._known_prompt_logprobs(),
+            prompt_logprobs=None if self.prompt_logprobs is None else self.prompt_logprobs.copy(),
             timing=self.stamps.timing(end, self.num_output_tokens),
             **self._detail_columns(),
         )
-
-    def _known_prompt_logprobs(self) -> list[dict[int, float] | None] | None:
-        collected = self.prompt_logprobs
-        return None if collected is None else collected.entries[: collected.num_known]
 
     def _detail_columns(self) -> dict[str, list[Any]]:
         if self.rules is None:

@@ -18,7 +18,7 @@ def resumed_entries(
 
     Raises:
         ValueError: for an index that is not among the samples or comes twice, columns of unequal length, ids outside
-            the vocabulary, missing details, as many tokens as may be drawn, or nothing left to draw.
+            the vocabulary, missing details or prompt_logprobs, as many tokens as may be drawn, or nothing left to draw.
     """
     if not partial:
         return [leader]
@@ -63,9 +63,8 @@ def _restore(sample: Request, completion: Completion, vocab_size: int, max_model
     sample.logprobs = list(completion.logprobs)
     sample.policy_versions = list(completion.policy_versions)
     sample.is_exact = completion.is_exact
-    known = completion.prompt_logprobs
-    if sample.prompt_logprobs is not None and known is not None and len(known) == sample.num_prompt_tokens:
-        sample.prompt_logprobs.take(1, known[1:])
+    if sample.prompt_logprobs is not None:
+        sample.prompt_logprobs = _prompt_logprobs(sample, completion)
     if sample.rules is not None:
         sample.details = _details(sample, completion)
     if sample.params.stop and sample.detokenizer is not None:
@@ -83,6 +82,17 @@ def _check_columns(sample: Request, completion: Completion, vocab_size: int) -> 
     outside = next((token_id for token_id in completion.token_ids if not 0 <= token_id < vocab_size), None)
     if outside is not None:
         raise ValueError(f"{name} to resume has token id {outside}, outside the vocabulary of {vocab_size} tokens")
+
+
+def _prompt_logprobs(sample: Request, completion: Completion) -> list[dict[int, float] | None]:
+    """Those under the weights of its first token, which need not be the weights of today."""
+    known = completion.prompt_logprobs or []
+    if len(known) != sample.num_prompt_tokens:
+        raise ValueError(
+            f"request {sample.request_id!r} to resume lacks prompt_logprobs of its {sample.num_prompt_tokens} prompt "
+            f"tokens: the completion has {len(known)}"
+        )
+    return list(known)
 
 
 def _details(sample: Request, completion: Completion) -> list[TokenDetail]:

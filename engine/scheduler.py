@@ -159,8 +159,6 @@ class Scheduler:
         for samples in self._unfinished.values():
             for sample in samples:
                 sample.block_hashes.clear()
-                if mode == "recompute" and sample.prompt_logprobs is not None and not sample.num_output_tokens:
-                    sample.prompt_logprobs.reset()
         for request in self.running:
             request.has_mixed_kv = True
         return num_dropped_tokens
@@ -210,8 +208,8 @@ class Scheduler:
         drawn = zip(output.token_ids, output.logprobs, output.details or itertools.repeat(None), strict=False)
         policy_version = output.policy_version
         self._num_steps_under_way -= 1
-        for collected, first_token, entries in output.prompt_logprobs:
-            collected.take(first_token, entries)
+        for rows in output.prompt_logprobs:
+            rows.deliver()
         step = StepOutput()
         for number in range(scheduled.num_steps):
             for entry in scheduled.scheduled:

@@ -35,8 +35,8 @@ PARAMS = (
         presence_penalty=-0.2, logit_bias={5: 3.0, 9: -4.0}, allowed_token_ids=range(3, 250), bad_words=["the", "a"],
         logprobs=3, **COMMON,
     ),
-    SamplingParams(seed=3, n=2, max_tokens=14, min_tokens=4, stop_token_ids=range(3, 60), top_k=200),
-    SamplingParams(seed=4, n=2, max_tokens=14, stop=["e", "th"], logprobs=1),
+    SamplingParams(seed=3, n=2, max_tokens=14, min_tokens=4, stop_token_ids=range(3, 60), top_k=200, prompt_logprobs=0),
+    SamplingParams(seed=4, n=2, max_tokens=14, stop=["e", "th"], logprobs=1, prompt_logprobs=3),
     SamplingParams(seed=5, temperature=0.0, repetition_penalty=1.2, max_tokens=14, ignore_eos=True),
 )  # fmt: skip
 PROMPTS = [prompt_of(seed, length) for seed, length in enumerate((45, 32, 20, 7, 33))]
@@ -91,11 +91,12 @@ def words(values: list[float] | None) -> list[int] | None:
 
 def all_of(completion: Completion) -> tuple:
     """Whatever is reported, as bit patterns."""
-    top = completion.top_logprobs
+    top, prompt = completion.top_logprobs, completion.prompt_logprobs
     return (
         completion.index, completion.token_ids, completion.finish_reason, completion.stop_reason, completion.text,
         words(completion.logprobs), words(completion.raw_logprobs), words(completion.kept_mass),
         None if top is None else [(list(one), words(list(one.values()))) for one in top],
+        None if prompt is None else [(list(one), words(list(one.values()))) for one in prompt[1:]],
     )  # fmt: skip
 
 

@@ -66,6 +66,19 @@ def test_decode_among_others_equals_the_packed_forward(model, numerics):
 
 
 @no_gpu
+def test_prompt_logprobs_equal_the_packed_forward():
+    engine, prompt = interpreted(numerics="float32", max_num_batched_tokens=8), prompt_of(11)
+    asked = SamplingParams(max_tokens=1, prompt_logprobs=2)
+    [[completion]] = engine.generate([prompt], asked)
+    for position, entry in enumerate(completion.prompt_logprobs[1:], start=1):
+        assert prompt[position] in entry
+        for token_id, logprob in entry.items():
+            drawn = dataclasses.replace(completion, token_ids=[token_id], logprobs=[logprob])
+            assert forward_logprobs(engine, prompt[:position], drawn, 1.0).tolist() == [logprob]
+        assert list(entry.values())[:2] == sorted(entry.values(), reverse=True)[:2]
+
+
+@no_gpu
 def test_steps_planned_ahead_and_cycles_of_steps_draw_the_same():
     prompts, params = [prompt_of(5), prompt_of(3, seed=1)], SamplingParams(n=2, max_tokens=5, seed=5)
     plain = interpreted(numerics="float32", async_scheduling=False).generate(prompts, params)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,9 +25,9 @@ from exactness_checks import (
 from engine import Completion, LLMEngine, SamplingParams
 from engine.attention import PackedAttention, Segment
 from engine.model import Transformer
-from engine.prompt_logprobs import MAX_ROWS
+from engine.prompt_logprobs import MAX_LOGITS_ROWS, MAX_ROWS
 
-PROMPT = prompt_of(0, MAX_ROWS + 40)  # its rows are taken in two slices
+PROMPT = prompt_of(0, MAX_LOGITS_ROWS + 40)  # its logits are written out in two slices
 PARAMS = SamplingParams(max_tokens=4, seed=3, temperature=0.8, ignore_eos=True, prompt_logprobs=0)
 
 
@@ -42,9 +41,13 @@ def own_bits(completion: Completion, prompt: list[int] = PROMPT) -> list[int]:
 
 
 def trainers_bits(model: Transformer, prompt: list[int] = PROMPT) -> list[int]:
-    rows = range(len(prompt) - 1)
+    return trainers_bits_of(model, prompt, range(len(prompt) - 1), prompt[1:])
+
+
+def trainers_bits_of(model: Transformer, prompt: list[int], rows: Sequence[int], targets: list[int]) -> list[int]:
+    """Of any tokens after rows of the prompt."""
     segments = [Segment(start_row=0, end_row=len(prompt))]
-    return float_bits(packed_logprobs(model, prompt, range(len(prompt)), segments, rows, prompt[1:], 1.0))
+    return float_bits(packed_logprobs(model, prompt, range(len(prompt)), segments, rows, targets, 1.0))
 
 
 def one(engine: LLMEngine, params: SamplingParams = PARAMS, prompt: list[int] = PROMPT) -> Completion:
@@ -55,6 +58,11 @@ def test_they_are_the_trainers_forward_bit_for_bit(tiny_setting: Setting) -> Non
     expected = trainers_bits(load_trainer_model(tiny_setting))
     assert own_bits(one(make_engine(tiny_setting))) == expected
     assert own_bits(one(make_engine(tiny_setting), replace(PARAMS, prompt_logprobs=3))) == expected
+
+
+def test_a_long_prompt_is_taken_in_slices(setting):
+    prompt, model = prompt_of(1, MAX_ROWS + 40), load_trainer_model(setting)
+    assert own_bits(one(make_engine(setting), prompt=prompt), prompt) == trainers_bits(model, prompt)
 
 
 @pytest.fixture
@@ -146,6 +154,55 @@ def test_an_update_after_the_first_token_leaves_those_of_its_version(setting, ex
     assert own_bits(completion) == expected
 
 
+@pytest.mark.parametrize("mode", ["recompute", "keep"])
+def test_a_prompt_that_is_known_up_to_its_last_row_is_reported_again_under_new_weights(setting, mode):
+    """With `keep`, a request that has lost its blocks computes them under the new weights too, and is exact."""
+    new, model = perturbed(setting, 0.02), load_trainer_model(setting)
+    engine = make_engine(setting, max_num_batched_tokens=len(PROMPT) - 1, async_scheduling=False)
+    engine.add_request("one", PROMPT, PARAMS)
+    engine.step()
+    engine.scheduler._preempt_tail()
+    engine.update_weights(new, 1, mode=mode)
+    [completion] = drain(engine, ["one"])["one"]
+    model.load_weights(new)
+    assert completion.is_exact
+    assert set(completion.policy_versions) == {1}
+    assert own_bits(completion) == trainers_bits(model)
+
+
+def test_samples_whose_first_tokens_are_of_different_weights_have_their_own(setting, expected):
+    """One sample goes on from a token of the old weights, the others begin under the new ones."""
+    new, model = perturbed(setting, 0.02), load_trainer_model(setting)
+    params = replace(PARAMS, n=3, max_tokens=9)
+    group = run(make_engine(setting), {"g": (PROMPT, params)})["g"]
+    engine = make_engine(setting, max_num_batched_tokens=40)
+    engine.update_weights(new, 1)
+    engine.add_request("g", PROMPT, params, resume=cut(group[1], 2))
+    done = drain(engine, ["g"])["g"]
+    model.load_weights(new)
+    assert [own_bits(completion) for completion in done] == [trainers_bits(model), expected, trainers_bits(model)]
+
+
+def test_samples_that_a_failed_step_parts_have_those_of_their_own_first_token(setting, expected, monkeypatch):
+    new, model = perturbed(setting, 0.02), load_trainer_model(setting)
+    engine = make_engine(setting, max_num_batched_tokens=len(PROMPT), async_scheduling=False)
+    engine.add_request("g", PROMPT, replace(PARAMS, n=2, max_tokens=9))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.model_runner, "execute", fail)
+        with pytest.raises(OSError, match="gone"):
+            engine.step()
+    assert [token.index for token in engine.step().new_tokens] == [0]
+    engine.update_weights(new, 1)
+    done = drain(engine, ["g"])["g"]
+    model.load_weights(new)
+    assert [completion.policy_versions[0] for completion in done] == [0, 1]
+    assert [own_bits(completion) for completion in done] == [expected, trainers_bits(model)]
+
+
+def fail(prepared: object) -> None:
+    raise OSError("the device is gone")
+
+
 def test_the_likeliest_come_first_and_the_prompts_own_token_always(setting):
     num_top, model = 4, load_trainer_model(setting)
     completion = one(make_engine(setting), replace(PARAMS, prompt_logprobs=num_top))
@@ -155,7 +212,14 @@ def test_the_likeliest_come_first_and_the_prompts_own_token_always(setting):
         assert list(entry)[:num_top] == ids.tolist()
         assert list(entry)[num_top:] == ([] if token_id in ids else [token_id])
         assert list(entry.values())[:num_top] == pytest.approx(values.tolist(), abs=1e-5)
-        assert all(value == struct.unpack("f", struct.pack("f", value))[0] for value in entry.values())
+
+
+def test_what_is_listed_is_the_trainers_forward_bit_for_bit_too(tiny_setting: Setting) -> None:
+    completion = one(make_engine(tiny_setting), replace(PARAMS, prompt_logprobs=20))
+    listed = [(row, *pair) for row, entry in enumerate(completion.prompt_logprobs[1:]) for pair in entry.items()]
+    rows, ids, values = zip(*listed, strict=True)
+    assert len(ids) > 20 * len(PROMPT) - 20
+    assert float_bits(values) == trainers_bits_of(load_trainer_model(tiny_setting), PROMPT, rows, list(ids))
 
 
 def all_logprobs(model: Transformer) -> torch.Tensor:
@@ -178,16 +242,33 @@ def test_a_prompt_of_one_token_has_none(setting):
     assert one(make_engine(setting), PARAMS, [5]).prompt_logprobs == [None]
 
 
-def test_an_aborted_request_hands_back_as_many_as_were_computed_and_a_resumed_one_keeps_its_own(setting, expected):
-    engine = make_engine(setting, max_num_batched_tokens=30)
-    engine.add_request("one", PROMPT, PARAMS)
+def test_an_aborted_request_hands_back_as_many_as_were_computed(setting, expected):
+    engine = make_engine(setting, max_num_batched_tokens=30, async_scheduling=False)
+    engine.add_request("g", PROMPT, replace(PARAMS, n=2))
     engine.step()
-    [partial] = engine.abort(["one"])
-    assert len(partial.prompt_logprobs) == 31
+    partial = engine.abort(["g"])
+    for completion in partial:
+        assert own_bits(completion, PROMPT[:31]) == expected[:30]
+
+
+def test_a_resumed_request_keeps_those_it_had(setting, expected):
     whole = one(make_engine(setting))
-    begun = replace(whole, token_ids=whole.token_ids[:2], logprobs=whole.logprobs[:2], policy_versions=[0, 0])
     other = make_engine(setting)
-    other.add_request("two", PROMPT, PARAMS, resume=replace(begun, finish_reason="abort"))
+    other.update_weights(perturbed(setting, 0.02), 1)
+    other.add_request("two", PROMPT, PARAMS, resume=cut(whole, 2))
     resumed = drain(other, ["two"])["two"][0]
+    assert resumed.policy_versions == [0, 0, 1, 1]
     assert own_bits(resumed) == expected
-    assert resumed.token_ids == whole.token_ids
+
+
+@pytest.mark.parametrize("known", [None, [None, {7: -1.0}]])
+def test_a_request_cannot_be_resumed_without_those_it_had(setting, known):
+    partial = replace(cut(one(make_engine(setting)), 2), prompt_logprobs=known)
+    with pytest.raises(ValueError, match=f"'two' to resume lacks prompt_logprobs of its {len(PROMPT)} prompt tokens"):
+        make_engine(setting).add_request("two", PROMPT, PARAMS, resume=partial)
+
+
+def cut(completion: Completion, keep: int) -> Completion:
+    """The first tokens of a completion, as an abort would have left it."""
+    columns = {name: getattr(completion, name)[:keep] for name in ("token_ids", "logprobs", "policy_versions")}
+    return replace(completion, finish_reason="abort", **columns)
