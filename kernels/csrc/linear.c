@@ -6,8 +6,6 @@
 
 #define LS_ROUND_TASK 16384 /* elements rounded at once: below it a second thread costs more than it saves */
 
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 typedef struct {
     const void *x;
     const float *addend;
@@ -22,10 +20,10 @@ static void linear_tile(void *argument, int64_t index) {
     ls_task task = ls_task_at(&j->sharing, index);
     const char *next = ls_next_panel(&j->sharing, &j->weight, &j->next, index, task.panel);
     int64_t column = task.panel * LS_PANEL, num_passes = (task.end - task.begin + LS_TILE_ROWS - 1) / LS_TILE_ROWS;
-    int width = (int)smaller(LS_PANEL, j->N - column);
+    int width = (int)ls_least(LS_PANEL, j->N - column);
     float out[LS_TILE_ROWS * LS_PANEL];
     for (int64_t pass = 0, m = task.begin; m < task.end; pass++, m += LS_TILE_ROWS) {
-        int rows = (int)smaller(LS_TILE_ROWS, task.end - m);
+        int rows = (int)ls_least(LS_TILE_ROWS, task.end - m);
         ls_ahead ahead = ls_part_ahead(&j->weight, next, pass, num_passes);
         ls_panel_product(rows, ls_row(j->x, j->ldx, m, j->weight.arithmetic), j->ldx, &j->weight, task.panel, ahead, out);
         for (int r = 0; r < rows; r++) {
@@ -75,7 +73,7 @@ typedef struct { /* the part of one panel that a range of rows covers */
 static pack_part find_part(const pack_job *j, int64_t tile) {
     int64_t p = j->first_panel + tile;
     int64_t begin = p * LS_PANEL > j->first_row ? p * LS_PANEL : j->first_row;
-    int64_t end = smaller((p + 1) * LS_PANEL, j->first_row + j->num_rows);
+    int64_t end = ls_least((p + 1) * LS_PANEL, j->first_row + j->num_rows);
     return (pack_part){p * j->K * LS_PANEL + begin % LS_PANEL, j->rows + (begin - j->first_row) * j->K, end - begin};
 }
 
@@ -89,7 +87,7 @@ static void pack_tile(void *argument, int64_t tile) {
     float *panel = (float *)j->packed + part.place;
     for (int64_t k = 0; k < j->K; k += LS_PACK_BLOCK) {
         prefetch_rows(j, &part, k);
-        transpose(part.rows + k, j->K, panel + k * LS_PANEL, LS_PANEL, part.num_rows, smaller(LS_PACK_BLOCK, j->K - k));
+        transpose(part.rows + k, j->K, panel + k * LS_PANEL, LS_PANEL, part.num_rows, ls_least(LS_PACK_BLOCK, j->K - k));
     }
 }
 
@@ -98,7 +96,7 @@ static void unpack_tile(void *argument, int64_t tile) {
     pack_part part = find_part(j, tile);
     const float *panel = (const float *)j->packed + part.place;
     for (int64_t k = 0; k < j->K; k += LS_PACK_BLOCK)
-        transpose(panel + k * LS_PANEL, LS_PANEL, part.rows + k, j->K, smaller(LS_PACK_BLOCK, j->K - k), part.num_rows);
+        transpose(panel + k * LS_PANEL, LS_PANEL, part.rows + k, j->K, ls_least(LS_PACK_BLOCK, j->K - k), part.num_rows);
 }
 
 /* words[i] = the bfloat16 of even[i] below that of odd[i]. */
@@ -120,7 +118,7 @@ static void pack_bf16_tile(void *argument, int64_t tile) {
     uint32_t *panel = first_pair(j, &part);
     float block[LS_PACK_BLOCK][LS_PANEL];
     for (int64_t k = 0; k < j->K; k += LS_PACK_BLOCK) {
-        int64_t n = smaller(LS_PACK_BLOCK, j->K - k);
+        int64_t n = ls_least(LS_PACK_BLOCK, j->K - k);
         prefetch_rows(j, &part, k);
         transpose(part.rows + k, j->K, block[0], LS_PANEL, part.num_rows, n);
         for (int64_t i = 0; i < n; i += 2)
@@ -134,7 +132,7 @@ static void unpack_bf16_tile(void *argument, int64_t tile) {
     const uint32_t *panel = first_pair(j, &part);
     float block[LS_PACK_BLOCK][LS_PANEL];
     for (int64_t k = 0; k < j->K; k += LS_PACK_BLOCK) {
-        int64_t n = smaller(LS_PACK_BLOCK, j->K - k);
+        int64_t n = ls_least(LS_PACK_BLOCK, j->K - k);
         for (int64_t i = 0; i < n; i += 2)
             split_pairs(panel + (k + i) / 2 * LS_PANEL, block[i], block[i + 1], part.num_rows);
         transpose(block[0], LS_PANEL, part.rows + k, j->K, n, part.num_rows);
@@ -167,7 +165,7 @@ typedef struct {
 
 static void embedding_tile(void *argument, int64_t tile) {
     const embedding_job *j = argument;
-    for (int64_t i = tile * 16; i < smaller(tile * 16 + 16, j->num_ids); i++) {
+    for (int64_t i = tile * 16; i < ls_least(tile * 16 + 16, j->num_ids); i++) {
         const float *column = (const float *)j->packed + (j->ids[i] / LS_PANEL) * j->K * LS_PANEL + j->ids[i] % LS_PANEL;
         for (int64_t k = 0; k < j->K; k++) j->out[i * j->K + k] = column[k * LS_PANEL];
     }
@@ -175,7 +173,7 @@ static void embedding_tile(void *argument, int64_t tile) {
 
 static void embedding_bf16_tile(void *argument, int64_t tile) {
     const embedding_job *j = argument;
-    for (int64_t i = tile * 16; i < smaller(tile * 16 + 16, j->num_ids); i++) {
+    for (int64_t i = tile * 16; i < ls_least(tile * 16 + 16, j->num_ids); i++) {
         const uint16_t *panel = (const uint16_t *)j->packed + (j->ids[i] / LS_PANEL) * j->K * LS_PANEL;
         const uint16_t *column = panel + j->ids[i] % LS_PANEL * 2;
         for (int64_t k = 0; k < j->K; k++) j->out[i * j->K + k] = float_from_bf16(column[k / 2 * 2 * LS_PANEL + k % 2]);

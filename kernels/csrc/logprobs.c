@@ -4,8 +4,6 @@
 #include "sharing.h"
 #include "vocabulary.h"
 
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 typedef struct {
     const void *x;
     ls_weight head;
@@ -26,10 +24,10 @@ static void stats_tile(void *argument, int64_t index) {
     ls_task task = ls_task_at(&j->sharing, index);
     const char *next = ls_next_panel(&j->sharing, &j->head, NULL, index, task.panel);
     int64_t num_passes = (task.end - task.begin + LS_TILE_ROWS - 1) / LS_TILE_ROWS;
-    int width = (int)smaller(LS_PANEL, j->V - task.panel * LS_PANEL);
+    int width = (int)ls_least(LS_PANEL, j->V - task.panel * LS_PANEL);
     float z[LS_TILE_ROWS * LS_PANEL];
     for (int64_t pass = 0, row = task.begin; row < task.end; pass++, row += LS_TILE_ROWS) {
-        int rows = (int)smaller(LS_TILE_ROWS, task.end - row);
+        int rows = (int)ls_least(LS_TILE_ROWS, task.end - row);
         panel_logits(j->x, &j->head, row, rows, task.panel, ls_part_ahead(&j->head, next, pass, num_passes), z);
         for (int r = 0; r < rows; r++) {
             int64_t place = (row + r) * j->num_blocks + task.panel;
@@ -66,7 +64,7 @@ typedef struct {
 static void block_logits(const draw_job *j, int64_t row, int64_t block, float *z, float *highest) {
     float sum;
     panel_logits(j->x, &j->head, row, 1, block, (ls_ahead){NULL, 0}, z);
-    reduce_block(z, (int)smaller(LS_PANEL, j->V - block * LS_PANEL), j->temperature[row], highest, &sum);
+    reduce_block(z, (int)ls_least(LS_PANEL, j->V - block * LS_PANEL), j->temperature[row], highest, &sum);
 }
 
 /* The highest logit M and the running total C of a row. */
@@ -86,7 +84,7 @@ static int64_t greedy_token(const draw_job *j, int64_t row, float top) {
     int64_t block = 0, i = 0;
     while (block + 1 < j->num_blocks && j->block_max[row * j->num_blocks + block] != top) block++;
     block_logits(j, row, block, z, &highest);
-    while (i + 1 < smaller(LS_PANEL, j->V - block * LS_PANEL) && z[i] != top) i++;
+    while (i + 1 < ls_least(LS_PANEL, j->V - block * LS_PANEL) && z[i] != top) i++;
     return block * LS_PANEL + i;
 }
 
@@ -99,7 +97,7 @@ static int64_t drawn_token(const draw_job *j, int64_t draw, int64_t row, float t
     int64_t block = block_at(j->block_max + place, j->block_sum + place, j->num_blocks, top, target, &running);
     float z[LS_PANEL], highest;
     block_logits(j, row, block, z, &highest);
-    int64_t width = smaller(LS_PANEL, j->V - block * LS_PANEL);
+    int64_t width = ls_least(LS_PANEL, j->V - block * LS_PANEL);
     return block * LS_PANEL + id_in_block(z, width, highest, top, running, target);
 }
 
@@ -150,12 +148,12 @@ static void gradient_row(const gradient_job *j, int64_t row, int64_t block, floa
 static void gradient_tile(void *argument, int64_t block) {
     const gradient_job *j = argument;
     int64_t first = block * LS_PANEL;
-    int width = (int)smaller(LS_PANEL, j->V - first);
+    int width = (int)ls_least(LS_PANEL, j->V - first);
     float z[LS_TILE_ROWS * LS_PANEL];
     int64_t upcoming = block + ls_get_num_threads(), num_passes = (j->T + LS_TILE_ROWS - 1) / LS_TILE_ROWS;
     const char *next = upcoming * LS_PANEL < j->V ? ls_panel(&j->head, upcoming) : NULL;
     for (int64_t pass = 0, row = 0; row < j->T; pass++, row += LS_TILE_ROWS) {
-        int rows = (int)smaller(LS_TILE_ROWS, j->T - row);
+        int rows = (int)ls_least(LS_TILE_ROWS, j->T - row);
         panel_logits(j->x, &j->head, row, rows, block, ls_part_ahead(&j->head, next, pass, num_passes), z);
         for (int r = 0; r < rows; r++) {
             float *dz = z + r * LS_PANEL;
