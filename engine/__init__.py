@@ -12,6 +12,8 @@ _HOMES = {
     "StepOutput": "engine.outputs",
     "EngineStats": "engine.outputs",
     "WeightUpdate": "engine.outputs",
+    "RequestTiming": "engine.timing",
+    "MemoryPlan": "engine.memory_plan",
 }
 
 __all__ = sorted(_HOMES)

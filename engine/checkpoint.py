@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.model_config import ModelConfig
 from kernels.build import cache_directory
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 _CONVERSION_VERSION = 1
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
+_HUB_CONFIG_FILES = ["config.json", "generation_config.json"]
 _HUB_IGNORED = ["*/*", "consolidated*.safetensors"]
 _WEIGHTS_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
@@ -40,18 +42,26 @@ def resolve_model(model: str | Path) -> Path:
 
     A .gguf file is dequantised to float32 once, into a cache. Raises ValueError where nothing is found.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return _resolve_directory(path)
-    if path.suffix == ".gguf":
-        return _converted(path)
-    if str(model).lower() == PACKAGED_MODEL:
-        return _converted(model_path_of_package())
-    if path.exists():
-        raise ValueError(f"model={str(model)!r} is a file, but only .gguf files are read: give the model's directory")
-    if not _HUB_ID.fullmatch(str(model)) or str(model).startswith("."):
-        raise ValueError(f"model={str(model)!r} does not exist and is no hub id (name or owner/name)")
-    return _download(str(model))
+    source = _local_source(model)
+    if source is None:
+        return _download(str(model), _HUB_FILES)
+    return source if source.is_dir() else _converted(source)
+
+
+def read_model_config(model: str | Path) -> ModelConfig:
+    """The configuration of a model that is named as for `resolve_model`, without its weights.
+
+    Nothing is dequantised, and of a model on the hub only its configuration is fetched. Raises ValueError where nothing
+    is found, or the model is not supported.
+    """
+    source = _local_source(model)
+    if source is None:
+        source = _download(str(model), _HUB_CONFIG_FILES)
+    if source.is_dir():
+        return ModelConfig.from_directory(source)
+    from engine.gguf_reader import GGUFModel
+
+    return ModelConfig.from_dict(GGUFModel(source).config_dict())
 
 
 def model_path_of_package() -> Path:
@@ -107,22 +117,38 @@ def save_pretrained(
         _publish(staged, directory)
 
 
-def _resolve_directory(path: Path) -> Path:
+def _local_source(model: str | Path) -> Path | None:
+    """A Hugging Face directory or a .gguf file; None where the name can only be a hub id."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _source_in_directory(path)
+    if str(model).lower() == PACKAGED_MODEL:
+        return model_path_of_package()
+    if path.is_file() and path.suffix == ".gguf":
+        return path
+    if path.exists():
+        raise ValueError(f"model={str(model)!r} is a file, but only .gguf files are read: give the model's directory")
+    if path.suffix == ".gguf" or not _HUB_ID.fullmatch(str(model)) or str(model).startswith("."):
+        raise ValueError(f"model={str(model)!r} does not exist and is no hub id (name or owner/name)")
+    return None
+
+
+def _source_in_directory(path: Path) -> Path:
     if (path / "config.json").is_file():
         return path
     gguf_files = sorted(path.glob("*.gguf"))
     if len(gguf_files) == 1:
-        return _converted(gguf_files[0])
+        return gguf_files[0]
     if gguf_files:
         raise ValueError(f"{path} holds {len(gguf_files)} .gguf files: give the path of one of them")
     raise ValueError(f"{path} has no config.json: a model directory in Hugging Face format is needed")
 
 
-def _download(model: str) -> Path:
+def _download(model: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED))
+        return Path(snapshot_download(model, allow_patterns=files, ignore_patterns=_HUB_IGNORED))
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ValueError(
@@ -133,8 +159,6 @@ def _download(model: str) -> Path:
 
 def _converted(gguf_file: Path) -> Path:
     """The cached directory that a GGUF file was dequantised to; the first caller makes it while others wait."""
-    if not gguf_file.is_file():
-        raise ValueError(f"model={str(gguf_file)!r} does not exist")
     models = _cache_root() / "models"
     models.mkdir(mode=0o700, exist_ok=True)
     directory = models / f"{gguf_file.stem}-{_content_key(gguf_file)}"

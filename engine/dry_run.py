@@ -11,6 +11,7 @@ from engine.config import Device, EngineConfig, Numerics
 from engine.memory_plan import MemoryPlan
 
 _SIZES = ("max_model_len", "max_num_seqs", "block_size", "num_blocks", "kv_cache_memory_bytes")
+DEFAULT_LENGTH = 512  # of a prompt and of a completion
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +31,7 @@ def describe(plan: MemoryPlan, prompt_length: int, completion_length: int, group
     """A line for each size, aligned."""
     num_groups = plan.num_groups(prompt_length, completion_length, group_size)
     together = plan.weight_bytes + plan.kv_cache_bytes
+    memory = "the GPU has free" if plan.device == "cuda" else "this machine has"
     rows = [
         ("numbers", plan.profile),
         ("weights", _size(plan.weight_bytes)),
@@ -38,7 +40,7 @@ def describe(plan: MemoryPlan, prompt_length: int, completion_length: int, group
             f"{plan.block_bytes // plan.block_size:,} bytes a token, {_size(plan.block_bytes)} a block",
         ),
         ("KV pool", f"{plan.num_blocks:,} blocks of {plan.block_size} tokens, {_size(plan.kv_cache_bytes)}"),
-        ("together", f"{_size(together)}; this machine has {_size(plan.machine_bytes)}"),
+        ("together", f"{_size(together)}; {memory} {_size(plan.available_bytes)}"),
         ("tokens that fit", f"{plan.num_tokens:,}"),
         (f"requests of {plan.max_model_len:,}", f"{plan.num_requests(plan.max_model_len):,} at once"),
         (
@@ -58,8 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=get_args(Device), default="auto")
     for name in _SIZES:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="as EngineConfig has it")
-    parser.add_argument("--prompt-length", type=int, default=512, help="tokens of the groups' prompts")
-    parser.add_argument("--completion-length", type=int, default=512, help="tokens of each sample")
+    parser.add_argument("--prompt-length", type=int, default=DEFAULT_LENGTH, help="tokens of the groups' prompts")
+    parser.add_argument("--completion-length", type=int, default=DEFAULT_LENGTH, help="tokens of each sample")
     parser.add_argument("--group-size", type=int, default=8, help="samples of a prompt")
     return parser
 

@@ -48,10 +48,9 @@ def resolve_num_blocks(config: EngineConfig, model_config: ModelConfig, max_mode
             )
         return config.kv_cache_memory_bytes // size
     most = config.max_num_seqs * -(-max_model_len // config.block_size)
+    free = available_bytes(ops.device)
     if ops.device.type != "cuda":
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return max(1, min(most, min(DEFAULT_KV_CACHE_BYTES, int(memory * MAX_MEMORY_SHARE)) // size))
-    free = torch.cuda.mem_get_info(ops.device)[0]
+        return max(1, min(most, min(DEFAULT_KV_CACHE_BYTES, int(free * MAX_MEMORY_SHARE)) // size))
     left = device_bytes_left(free, config.max_num_batched_tokens, model_config, ops.profile.weight_dtype)
     if left < size:
         raise ValueError(
@@ -59,6 +58,13 @@ def resolve_num_blocks(config: EngineConfig, model_config: ModelConfig, max_mode
             f"values: end what else uses it, or lower max_num_batched_tokens={config.max_num_batched_tokens}"
         )
     return min(most, left // size)
+
+
+def available_bytes(device: torch.device) -> int:
+    """The machine's memory, or what is free on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def device_bytes_left(free: int, max_num_batched_tokens: int, model_config: ModelConfig, dtype: torch.dtype) -> int:

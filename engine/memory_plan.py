@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
-from engine.checkpoint import resolve_model
+from engine.checkpoint import read_model_config
 from engine.config import EngineConfig
-from engine.memory import block_bytes, resolve_num_blocks, weight_bytes
-from engine.model_config import ModelConfig
+from engine.memory import available_bytes, block_bytes, resolve_num_blocks, weight_bytes
 from engine.ops import make_ops
 
 
@@ -17,13 +15,14 @@ class MemoryPlan:
     """Sizes in bytes, lengths in tokens."""
 
     profile: str  # of the numbers
+    device: str  # "cpu" or "cuda"
     weight_bytes: int  # of the matrices, as the engine packs them
     block_bytes: int  # of one KV block in all layers
     block_size: int
     num_blocks: int
     max_model_len: int
     max_num_seqs: int
-    machine_bytes: int  # of the host
+    available_bytes: int  # of the machine, or free on the GPU now
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> MemoryPlan:
@@ -32,17 +31,18 @@ class MemoryPlan:
         Raises ValueError as LLMEngine does, for a model or sizes that cannot work.
         """
         ops = make_ops(config.profile_name, "cuda" if config.device_name == "cuda" else "cpu")
-        model_config = ModelConfig.from_directory(resolve_model(config.model))
+        model_config = read_model_config(config.model)
         max_model_len = config.resolve_max_model_len(model_config)
         return cls(
             profile=ops.profile.name,
+            device=ops.device.type,
             weight_bytes=weight_bytes(model_config, ops.profile.weight_dtype),
             block_bytes=block_bytes(model_config, config.block_size, ops.profile.kv_dtype),
             block_size=config.block_size,
             num_blocks=resolve_num_blocks(config, model_config, max_model_len, ops),
             max_model_len=max_model_len,
             max_num_seqs=config.max_num_seqs,
-            machine_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            available_bytes=available_bytes(ops.device),
         )
 
     @property

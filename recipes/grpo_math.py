@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    return exit_code(lambda: train(options))
+    return exit_code(lambda: print_dry_run(options) if options.dry_run else train(options))
 
 
 def train(options: Options) -> None:
@@ -80,6 +80,19 @@ def train(options: Options) -> None:
 
     for line in recorder.summary():
         display.note(line)
+
+
+def print_dry_run(options: Options) -> None:
+    """What each engine would take of the machine's memory, and how many of the run's samples fit."""
+    from engine.dry_run import DEFAULT_LENGTH, describe
+    from engine.memory_plan import MemoryPlan
+
+    with user_errors():
+        _, engine_config = make_configs(options, Path())
+        plan = MemoryPlan.from_config(engine_config)
+    if options.engine.num_engines > 1:
+        print(f"each of {options.engine.num_engines} engines:")
+    print(describe(plan, DEFAULT_LENGTH, options.max_tokens, options.sampling.group_size))
 
 
 def say_what_happens(options: Options, path: Path) -> None:

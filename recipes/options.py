@@ -149,6 +149,8 @@ class Options:
     """Steps to train: each draws samples, scores them, updates the model and hands its weights to the engines."""
     seed: int = 0
     """Fixes the order of prompts and every sample."""
+    dry_run: bool = False
+    """Print what each engine will take of the machine's memory and what fits, and end without loading anything."""
     config: Path | None = None
     """A YAML file whose keys are these options (learning_rate: 3.0e-6). The command line wins."""
 

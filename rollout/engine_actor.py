@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -97,6 +98,9 @@ class EngineActor:
 
     def stats(self) -> EngineStats:
         return self._loop.run(lambda engine: engine.stats())
+
+    def write_trace(self) -> Path:
+        return self._loop.run(lambda engine: engine.write_trace())
 
     def check_integrity(self) -> None:
         self._loop.run(lambda engine: engine.check_integrity())

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -151,6 +152,10 @@ class PoolHandle:
     def stats(self) -> list[EngineStats]:
         """Of every engine, in engine order."""
         return self._ask_engines({i: engine.stats.remote() for i, engine in enumerate(self.engines)})
+
+    def write_trace(self) -> list[Path]:
+        """Lets every engine write what it recorded (`EngineConfig.trace_path`); the files, each where its engine is."""
+        return self._ask_engines({i: engine.write_trace.remote() for i, engine in enumerate(self.engines)})
 
     def check_integrity(self) -> None:
         """Asserts that every engine's block references, free blocks and tables add up."""

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.checkpoint import iter_weights, model_path_of_package, resolve_model, save_pretrained
+from engine.checkpoint import iter_weights, model_path_of_package, read_model_config, resolve_model, save_pretrained
 from engine.model_config import ModelConfig, read_config_dict
 from engine.tokenizer import load_tokenizer
 
@@ -312,6 +312,16 @@ def test_a_gguf_is_converted_once_into_a_private_cache(tiny_gguf, cache, tmp_pat
     with copy.open("ab") as file:
         file.write(b"\0")
     assert resolve_model(copy) != directory
+
+
+def test_a_configuration_is_read_without_converting(tiny_gguf, tiny_model_dir, cache):
+    path = tiny_gguf()
+    config = read_model_config(path)
+    assert not cache.exists()
+    assert config == read_model_config(path.parent) == ModelConfig.from_directory(resolve_model(path))
+    assert read_model_config(tiny_model_dir()) == ModelConfig.from_directory(tiny_model_dir())
+    with pytest.raises(ValueError, match=r"'nowhere\.gguf' does not exist"):
+        read_model_config("nowhere.gguf")
 
 
 def test_two_processes_that_convert_at_once_both_end_well(tiny_gguf, cache):

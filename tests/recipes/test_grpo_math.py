@@ -151,6 +151,24 @@ def test_a_mistake_is_named_in_one_line(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_says_what_fits_and_leaves_nothing(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+):
+    run = ["--model", str(tiny_model_dir()), "--output-dir", str(tmp_path / "run"), "--num-engines", "2"]
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main([*run, "--dry-run", "--group-size", "4", "--max-tokens", "32"]) == 0
+        assert main([*run, "--dry-run", "--max-model-len", "10000"]) == 2
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    printed, error = capsys.readouterr()
+    assert printed.startswith("each of 2 engines:\nnumbers ")
+    assert "samples of 512 + 32 tokens" in printed
+    assert "groups of 4 " in printed
+    assert "max_model_len=10000 exceeds" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_right_completions_are_those_that_exact_match_takes():
     options = parse_options([])
     rows = with_right_completions(sums_problems().held_out_rows, exact_match, options)

@@ -152,8 +152,8 @@ def test_options_name_the_trainers_and_the_engines_fields():
                 assert options[field.name] == field.default, field.name
     of_neither = options.keys() - {f.name for f in (*dataclasses.fields(GRPOConfig), *dataclasses.fields(EngineConfig))}
     assert of_neither == {
-        "dataset", "reward", "config", "dataset_subset", "dataset_split", "prompt_column", "answer_column", "chat",
-        "system_prompt", "num_held_out", "overwrite", "num_logged_groups", "save_weights", "display",
+        "dataset", "reward", "dry_run", "config", "dataset_subset", "dataset_split", "prompt_column", "answer_column",
+        "chat", "system_prompt", "num_held_out", "overwrite", "num_logged_groups", "save_weights", "display",
     }  # fmt: skip
 
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import pickle
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import ray
@@ -58,6 +60,16 @@ def test_rollouts_equal_a_local_engines_bit_for_bit(pool, rollouts, config):
         ]
         assert {r.seed for r in group} == {seed}
         assert {r.kernel_fingerprint for r in group} == {engine.kernel_fingerprint}
+
+
+def test_every_engine_writes_a_trace_of_its_own(local_ray, config, tmp_path):
+    with RolloutPool(replace(config, trace_path=str(tmp_path / "{pid}.json")), num_engines=2) as pool:
+        pool.generate(PROMPTS, PARAMS)
+        paths = pool.write_trace()
+    assert {path.name for path in paths} == {f"{info.pid}.json" for info in pool.engine_infos}
+    for path in paths:
+        names = [event["name"] for event in json.loads(path.read_text())["traceEvents"]]
+        assert names.count("execute") >= PARAMS.max_tokens
 
 
 def test_a_rollout_carries_what_was_kept_and_the_likeliest_tokens(pool, config):
