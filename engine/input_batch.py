@@ -25,8 +25,8 @@ class InputBatch:
     slot_mapping: torch.Tensor  # [T] int64
     sampling: SamplingBatch  # who draws from which row
     # rows whose token the step before draws, and which of its samples does; empty where all are known
-    pending_rows: Sequence[int] = ()
-    pending_places: Sequence[int] = ()
+    pending_rows: Sequence[int] | np.ndarray = ()
+    pending_places: Sequence[int] | np.ndarray = ()
     prompt_rows: Sequence[PromptRows] = ()  # that predict tokens of prompts which are reported on
 
     @property
@@ -90,7 +90,7 @@ class InputBuffers:
             slot_mapping=torch.from_numpy(self.slot_mapping[:T]),
             sampling=SamplingBatch.from_plan(plan, self.cu_seqlens_q[: B + 1]),
             pending_rows=self.cu_seqlens_q[[entry for entry, _ in pending]] if pending else (),
-            pending_places=[place for _, place in pending],
+            pending_places=np.array([place for _, place in pending]) if pending else (),
             prompt_rows=prompt_rows(plan, self.cu_seqlens_q),
         )
 
@@ -112,7 +112,7 @@ class InputBuffers:
     def load(self, batch: InputBatch, drawn_token_ids: Sequence[int]) -> InputBatch:
         """The batch, complete: pending tokens are among those that the step before has drawn."""
         if len(batch.pending_rows):
-            self.input_ids[batch.pending_rows] = [drawn_token_ids[place] for place in batch.pending_places]
+            self.input_ids[batch.pending_rows] = np.array(drawn_token_ids)[batch.pending_places]
         return batch
 
     def _write_tables(self, scheduled: list[ScheduledRequest]) -> None:

@@ -1,14 +1,14 @@
 """`python -m scripts.bench_scheduling`: V1-style scheduling beside a V0-style loop, and what the engine's host costs.
 
 Every loop gets the same load by the same clock; the loops take turns. Loads (a) and (b) run on real kernels and random
-weights: (b) in the shape of SmolLM2-135M cut to two layers, (a) in that or, by default, in one with a small body and a
-large vocabulary (`variants.WIDE` says why: what (a) shows depends on it). (c) runs on stand-ins for a device.
+weights, in the shape of SmolLM2-135M cut to two layers; (a) also in one with a small body and a large vocabulary and on
+a stand-in with a GPU's times (`stream.STREAMS` says why: what (a) shows depends on it). (c) runs on stand-ins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,15 +17,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from scripts.bench_scheduling import overhead, peer
+from scripts.bench_scheduling import overhead, peer, stream
 from scripts.bench_scheduling.comparison import (
     STAND_IN_SECONDS,
     Comparison,
     compare_burst,
     compare_groups,
-    compare_stream,
 )
-from scripts.bench_scheduling.variants import STREAM_MODELS, TINY
+from scripts.bench_scheduling.variants import TINY
 from scripts.timing import results_table, summary, write_json
 
 Section = Literal["stream", "groups", "burst", "host", "peer"]
@@ -41,12 +40,14 @@ class Options:
     """Loads (a), (b) and (c), the host's work in a step, and requests a second beside vLLM."""
     numerics: Literal["float32", "bfloat16", "bfloat16-dot"] = "bfloat16-dot"
     """Profile of the kernels in (a) and (b)."""
-    stream_model: Literal["wide", "smollm2-cut"] = "wide"
-    """Shape of the model in (a); the longest gap tells of uncut prompts where the 99th percentile does not."""
-    stream_seconds: float = 20.0
-    """How long requests arrive in (a), which every loop runs once."""
+    streams: tuple[Literal["smollm2-cut", "wide", "h100-8b"], ...] = ("smollm2-cut", "wide", "h100-8b")
+    """Machines of (a)."""
+    stream_seconds: float = 12.0
+    """How long requests arrive in (a)."""
+    stream_seeds: int = 5
+    """Streams of (a); the variants that are neither V0's nor the whole engine run the first one only."""
     repetitions: int = 3
-    """Turns of (c) and of the requests beside vLLM; (b) takes a third of them."""
+    """Turns of (b), (c) and of the requests beside vLLM."""
     peer_python: str | None = None
     """The Python of an environment that has vLLM, to time it as well."""
     output: Path | None = None
@@ -54,7 +55,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    console = Console(width=150)
+    console = Console(width=180)
     sections: dict[Section, Callable[[Options, Console], Any]] = {
         "stream": run_stream,
         "groups": run_groups,
@@ -68,12 +69,16 @@ def main(options: Options) -> None:
 
 
 def run_stream(options: Options, console: Console) -> dict[str, Any]:
-    model = STREAM_MODELS[options.stream_model]
-    return shown(compare_stream(options.stream_seconds, model, {"numerics": options.numerics}), console)
+    figures = {}
+    for name in options.streams:
+        profile = {"numerics": options.numerics}
+        sizing, comparison = stream.compare_stream(name, options.stream_seconds, options.stream_seeds, profile)
+        figures[name] = {"sizing": asdict(sizing), **shown(comparison, console)}
+    return figures
 
 
 def run_groups(options: Options, console: Console) -> dict[str, Any]:
-    return shown(compare_groups(max(1, options.repetitions // 3), {"numerics": options.numerics}), console)
+    return shown(compare_groups(options.repetitions, {"numerics": options.numerics}), console)
 
 
 def run_bursts(options: Options, console: Console) -> list[dict[str, Any]]:

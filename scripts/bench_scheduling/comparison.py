@@ -1,4 +1,4 @@
-"""Comparison: the loads (a), (b) and (c), each given to every variant in turns, as tables."""
+"""Comparison: a load given to every variant in turns, as a table; and the loads (b) and (c)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,10 @@ from rich.table import Table
 
 from scripts.bench_scheduling import loads
 from scripts.bench_scheduling.loads import Load
-from scripts.bench_scheduling.replay import Figures, median_figures, replay
-from scripts.bench_scheduling.variants import CUT, TINY, V0, VARIANTS, WIDE, Setting, Variant, run, shape_of, start
+from scripts.bench_scheduling.replay import Figures, median_figures
+from scripts.bench_scheduling.variants import CUT, TINY, V0, VARIANTS, Setting, Variant, run, shape_of
 
 BLOCKS = 4096  # of 16 tokens: room for every load to run in without preemption
-STREAM = Setting(
-    model=WIDE,
-    max_model_len=loads.DOCUMENT_TOKENS + 64,
-    options={"num_blocks": BLOCKS, "max_num_batched_tokens": 1024, "long_prefill_token_threshold": 128},
-)
 GROUPS = Setting(
     model=CUT, max_model_len=loads.DOCUMENT_TOKENS + 64, options={"num_blocks": 5120, "max_num_batched_tokens": 2048}
 )
@@ -37,33 +32,41 @@ class Comparison:
     title: str
     turns: Mapping[str, Sequence[Figures]]
 
-    def over_v0(self, name: str, figure: str) -> float:
-        """The variant's figure over that of the V0-style loop in the same turn; the median."""
-        pairs = zip(self.turns[name], self.turns[V0.name], strict=True)
-        return median(getattr(ours, figure) / getattr(theirs, figure) for ours, theirs in pairs)
+    def over_v0(self, name: str, figure: str) -> list[float]:
+        """The variant's figure over that of the V0-style loop, turn by turn."""
+        pairs = zip(self.turns[name], self.turns[V0.name])  # a variant may take part in the first turns only
+        return [getattr(ours, figure) / getattr(theirs, figure) for ours, theirs in pairs]
 
     def table(self) -> Table:
         headings = (
-            "requests/s", "/ V0", "tokens/s", "between tokens, ms, P50", "P99", "V0 /", "longest",
-            "first token, ms, P99", "peak blocks",
+            "turns", "requests/s", "/ V0", "tokens/s", "tokens, ms, P50", "P99", "V0 /",
+            "longest gap, ms, P50", "P99", "V0 /", "first, ms, P99", "blocks",
         )  # fmt: skip
         table = Table("", *headings, title=self.title, box=SIMPLE_HEAD)
         for name, turns in self.turns.items():
             row = median_figures(turns)
-            ratios = self.over_v0(name, "requests_per_second"), 1 / self.over_v0(name, "between_tokens_p99")
             table.add_row(
-                name, f"{row.requests_per_second:.2f}", f"{ratios[0]:.2f}", f"{row.tokens_per_second:.0f}",
-                f"{row.between_tokens_p50:.1f}", f"{row.between_tokens_p99:.1f}", f"{ratios[1]:.1f}",
-                f"{row.between_tokens_max:.0f}", f"{row.first_token_p99:.0f}", f"{row.peak_blocks:.0f}",
+                name, str(len(turns)), f"{row.requests_per_second:.2f}", self._ratio(name, "requests_per_second"),
+                f"{row.tokens_per_second:.0f}", f"{row.between_tokens_p50:.1f}", f"{row.between_tokens_p99:.1f}",
+                self._ratio(name, "between_tokens_p99", inverse=True), f"{row.longest_gap_p50:.1f}",
+                f"{row.longest_gap_p99:.1f}", self._ratio(name, "longest_gap_p99", inverse=True),
+                f"{row.first_token_p99:.0f}", f"{row.peak_blocks:.0f}",
             )  # fmt: skip
         return table
 
+    def _ratio(self, name: str, figure: str, inverse: bool = False) -> str:
+        """Median and range over the turns."""
+        ratios = sorted(1 / ratio if inverse else ratio for ratio in self.over_v0(name, figure))
+        if len(ratios) == 1:
+            return f"{ratios[0]:.2f}"
+        return f"{median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
+
     def as_json(self) -> dict[str, Any]:
+        figures = ("requests_per_second", "between_tokens_p99", "longest_gap_p99")
         return {
             "load": self.title,
             "turns": {name: [asdict(figures) for figures in turns] for name, turns in self.turns.items()},
-            "requests_per_second_over_v0": {name: self.over_v0(name, "requests_per_second") for name in self.turns},
-            "between_tokens_p99_over_v0": {name: self.over_v0(name, "between_tokens_p99") for name in self.turns},
+            "over_v0": {name: {figure: self.over_v0(name, figure) for figure in figures} for name in self.turns},
         }
 
 
@@ -72,41 +75,23 @@ def compare(
     make_load: Callable[[int], Load],
     warm_up: Load,
     repetitions: int,
-    variants: Sequence[Variant] = VARIANTS,
+    variants_of: Callable[[int], Sequence[Variant]] = lambda turn: VARIANTS,
 ) -> Comparison:
     """Turn i has the load of seed i; who begins changes from turn to turn."""
-    turns: dict[str, list[Figures]] = {variant.name: [] for variant in variants}
+    turns: dict[str, list[Figures]] = {variant.name: [] for variant in variants_of(0)}
     for turn in range(repetitions):
-        load = make_load(turn)
-        for variant in (*variants[turn % len(variants) :], *variants[: turn % len(variants)]):
+        load, variants = make_load(turn), variants_of(turn)
+        first = turn % len(variants)
+        for variant in (*variants[first:], *variants[:first]):
             turns[variant.name].append(run(setting, variant, warm_up, load))
     return Comparison(title=f"{load.title}; {shape_of(setting.model)}", turns=turns)
-
-
-def compare_stream(seconds: float, model: Mapping[str, Any], options: Mapping[str, Any]) -> Comparison:
-    """(a): chats, and documents that take half of the capacity, as found by running each kind alone."""
-    setting = _with_options(replace(STREAM, model=model), options)
-    chats, documents = (share / cost for share, cost in zip((loads.CHAT_SHARE, loads.DOCUMENT_SHARE), costs(setting)))
-    warm_up = loads.groups(2, 1, 8, loads.DOCUMENT_TOKENS, seed=1000)
-    return compare(setting, lambda seed: loads.stream(seconds, chats, documents, seed), warm_up, repetitions=1)
-
-
-def costs(setting: Setting) -> tuple[float, float]:
-    """Seconds of an otherwise idle machine: of a chat among 32 at once, and of a document's prompt."""
-    loop, block_pool = start(setting, V0)
-    chats = [loads.burst(32, loads.CHAT_TOKENS, loads.CHAT_NEW_TOKENS, seed) for seed in range(4)]
-    documents = [loads.burst(1, loads.DOCUMENT_TOKENS, 1, seed) for seed in range(4)]
-    chat_seconds, document_seconds = (
-        [replay(loop, block_pool, load).seconds / load.num_requests for load in kind] for kind in (chats, documents)
-    )
-    return min(chat_seconds), min(document_seconds)
 
 
 def compare_groups(repetitions: int, options: Mapping[str, Any]) -> Comparison:
     """(b): long prompts with several samples."""
     warm_up = loads.groups(1, 4, 16, loads.DOCUMENT_TOKENS, seed=1000)
     return compare(
-        _with_options(GROUPS, options),
+        with_options(GROUPS, options),
         lambda seed: loads.groups(4, 4, 64, loads.DOCUMENT_TOKENS, seed),
         warm_up,
         repetitions,
@@ -121,5 +106,5 @@ def compare_burst(step_seconds: float, repetitions: int) -> Comparison:
     return Comparison(title=f"{comparison.title}, a step takes {1e3 * step_seconds:g} ms", turns=comparison.turns)
 
 
-def _with_options(setting: Setting, options: Mapping[str, Any]) -> Setting:
+def with_options(setting: Setting, options: Mapping[str, Any]) -> Setting:
     return replace(setting, options={**setting.options, **options})

@@ -47,7 +47,8 @@ class Figures:
     tokens_per_second: float
     between_tokens_p50: float
     between_tokens_p99: float
-    between_tokens_max: float
+    longest_gap_p50: float  # over requests, of the longest wait of each between two of its tokens
+    longest_gap_p99: float
     first_token_p99: float
     peak_blocks: float
 
@@ -87,14 +88,17 @@ def replay(loop: Loop, block_pool: BlockPool, load: Load) -> Record:
 def figures_of(record: Record, load: Load) -> Figures:
     """Throughput of the whole load, latencies of the requests that it watches."""
     watched = {key: times for key, times in record.token_seconds.items() if _kind(load, key) == load.watched}
-    gaps = [gap for times in watched.values() for gap in between_tokens(times)]
+    gaps_of = [gaps for times in watched.values() if (gaps := between_tokens(times))]
+    gaps = [gap for gaps in gaps_of for gap in gaps]
+    longest = [max(gaps) for gaps in gaps_of]
     first = [times[0] - load.arrivals[place].seconds for (place, _), times in watched.items()]
     return Figures(
         requests_per_second=load.num_requests / record.seconds,
         tokens_per_second=sum(map(len, record.token_seconds.values())) / record.seconds,
         between_tokens_p50=1e3 * percentile(gaps, 50),
         between_tokens_p99=1e3 * percentile(gaps, 99),
-        between_tokens_max=1e3 * percentile(gaps, 100),
+        longest_gap_p50=1e3 * percentile(longest, 50),
+        longest_gap_p99=1e3 * percentile(longest, 99),
         first_token_p99=1e3 * percentile(first, 99),
         peak_blocks=record.peak_blocks,
     )

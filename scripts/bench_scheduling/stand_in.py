@@ -1,4 +1,4 @@
-"""StandIn: a device whose every step takes the same time, behind the model runner's interface.
+"""StandIn: a device whose steps take a given time, behind the model runner's interface.
 
 The host's part is real: inputs are packed as for the model runner, tokens come back as lists. In place of computing it
 sleeps. A token is a hash of whatever keys a draw, so a request's tokens are the same however it is scheduled.
@@ -31,10 +31,10 @@ class PreparedStep(NamedTuple):
 class StandIn:
     """See `engine.pipeline.Runner`. Its steps may be prepared while another runs."""
 
-    def __init__(self, step_seconds: float, config: EngineConfig) -> None:
-        """config: with max_model_len as a number."""
+    def __init__(self, step_seconds: float, config: EngineConfig, token_seconds: float = 0.0) -> None:
+        """A step takes step_seconds and token_seconds for each of its tokens. config: max_model_len is a number."""
         assert config.max_model_len is not None, "max_model_len must be given"
-        self.step_seconds = step_seconds
+        self.step_seconds, self.token_seconds = step_seconds, token_seconds
         self.slept_seconds = 0.0
         sizes = {
             "max_num_rows": config.max_num_batched_tokens,
@@ -54,22 +54,23 @@ class StandIn:
         """As `ModelRunner.execute` does: pending tokens are filled in, later steps of a cycle go on from their own."""
         plan, inputs, batch, drawn_ids = prepared
         inputs.load(batch, self._drawn_token_ids)
-        token_ids = self._draw(drawn_ids)
-        all_ids, drawn, places = list(token_ids), list(token_ids), list(range(len(token_ids)))
+        token_ids = self._draw(drawn_ids, plan.num_scheduled_tokens)
+        all_ids, drawn, places = token_ids.copy(), token_ids.copy(), list(range(len(token_ids)))
         for number in range(1, plan.num_steps):
             plan = later_step(plan, number)
             places = [places[entry.source] for entry in plan.scheduled]
-            token_ids = self._draw(_tokens(inputs.load(inputs.advance(plan), token_ids).sampling))
+            drawn_ids = _tokens(inputs.load(inputs.advance(plan), token_ids).sampling)
+            token_ids = self._draw(drawn_ids, plan.num_scheduled_tokens)
             all_ids += token_ids
             for place, token_id in zip(places, token_ids, strict=True):
                 drawn[place] = token_id
         self._drawn_token_ids = drawn
         return ModelRunnerOutput(token_ids=all_ids, logprobs=[0.0] * len(all_ids), policy_version=0)
 
-    def _draw(self, token_ids: np.ndarray) -> list[int]:
+    def _draw(self, token_ids: np.ndarray, num_tokens: int) -> list[int]:
         """One step of the device."""
         start = time.perf_counter()
-        time.sleep(self.step_seconds)
+        time.sleep(self.step_seconds + num_tokens * self.token_seconds)
         self.slept_seconds += time.perf_counter() - start
         return token_ids.tolist()
 

@@ -21,14 +21,10 @@ SMOLLM2: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
 }  # fmt: skip
 CUT: dict[str, Any] = {**SMOLLM2, "num_hidden_layers": 2}
-# A decode step of few requests takes about 1/40 of a 4,096-token prompt, nearer to a large model's on a GPU. On a CPU
-# one of SmolLM2's shape takes 1/100 and less: then about 1 token of 100 waits for a prompt where prompts are never cut
-# (0.2% and 1.5% in two streams, against 7% with this model), and whether the 99th percentile sees it is chance.
 WIDE: dict[str, Any] = {
     **SMOLLM2, "hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2,
     "num_hidden_layers": 2, "vocab_size": 151936,
 }  # fmt: skip
-STREAM_MODELS = {"wide": WIDE, "smollm2-cut": CUT}
 TINY: dict[str, Any] = {
     **SMOLLM2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 32, "num_hidden_layers": 2,
@@ -71,6 +67,7 @@ class Setting:
     max_model_len: int
     options: Mapping[str, Any]  # of EngineConfig
     step_seconds: float | None = None  # of a stand-in for the device; None for the kernels
+    token_seconds: float = 0.0  # that the stand-in takes besides for each token of a step
 
     def config_options(self, variant: Variant) -> dict[str, Any]:
         options = {"max_model_len": self.max_model_len, "async_scheduling": True, **self.options, **variant.options}
@@ -85,7 +82,7 @@ def start(setting: Setting, variant: Variant) -> tuple[Loop, BlockPool]:
     options = setting.config_options(variant)
     runner = None
     if setting.step_seconds is not None:
-        runner = StandIn(setting.step_seconds, EngineConfig("stand-in", **options))
+        runner = StandIn(setting.step_seconds, EngineConfig("stand-in", **options), setting.token_seconds)
     engine = random_engine(setting.model, runner=runner, **options)
     if not variant.is_v0:
         return engine, engine.scheduler.block_pool

@@ -12,7 +12,7 @@ import pytest
 
 from engine import Completion, EngineConfig, LLMEngine, SamplingParams
 from engine.step_plan import SchedulerOutput
-from scripts.bench_scheduling import loads, overhead
+from scripts.bench_scheduling import loads, overhead, stream
 from scripts.bench_scheduling.comparison import compare
 from scripts.bench_scheduling.loads import Arrival, Load
 from scripts.bench_scheduling.replay import (
@@ -27,7 +27,7 @@ from scripts.bench_scheduling.replay import (
 )
 from scripts.bench_scheduling.stand_in import StandIn
 from scripts.bench_scheduling.v0_loop import V0Loop
-from scripts.bench_scheduling.variants import TINY, V0, V1, VARIANTS, Setting, start, v0_loop
+from scripts.bench_scheduling.variants import TINY, V0, V1, VARIANTS, Setting, Variant, start, v0_loop
 
 PROFILES = ("float32", "bfloat16-dot")
 
@@ -172,7 +172,8 @@ def test_figures_are_those_of_the_record():
     assert figures.tokens_per_second == 7 / 4
     assert figures.between_tokens_p50 == 250.0  # of 250, 250 and 1000: the document's do not count
     assert figures.between_tokens_p99 == pytest.approx(1000 - 0.02 * 750)
-    assert figures.between_tokens_max == 1000.0
+    assert figures.longest_gap_p50 == (250 + 1000) / 2  # of the two chats
+    assert figures.longest_gap_p99 == pytest.approx(1000 - 0.01 * 750)
     assert figures.first_token_p99 == pytest.approx(250 + 0.99 * 250)  # of 250 and 500
     assert figures.peak_blocks == 7
 
@@ -224,15 +225,24 @@ def test_a_group_becomes_requests_of_their_own():
 def test_a_comparison_has_a_row_of_every_variant_and_its_ratio_in_each_turn():
     options = {"num_blocks": 200, "max_num_batched_tokens": 64, "num_threads": 1}
     setting = Setting(model=TINY, max_model_len=64, options=options, step_seconds=0.001)
+    whole = Variant(name="whole", is_whole=True)
     comparison = compare(
-        setting, lambda seed: loads.burst(8, 16, 8, seed), loads.burst(2, 16, 4, seed=9), 2, variants=(V0, V1)
-    )
-    assert comparison.table().row_count == 2
+        setting, lambda seed: loads.burst(8, 16, 8, seed), loads.burst(2, 16, 4, seed=9), 2,
+        lambda turn: (V0, V1) if turn else (V0, V1, whole),
+    )  # fmt: skip
+    assert comparison.table().row_count == 3
     content = json.loads(json.dumps(comparison.as_json()))
-    assert content["requests_per_second_over_v0"]["V0-style loop"] == 1.0
+    assert content["over_v0"]["V0-style loop"]["requests_per_second"] == [1.0, 1.0]
     turns = content["turns"]
-    assert [len(turns[variant.name]) for variant in (V0, V1)] == [2, 2]
+    assert [len(turns[variant.name]) for variant in (V0, V1, whole)] == [2, 2, 1]
     assert all(turn["tokens_per_second"] == pytest.approx(8 * turn["requests_per_second"]) for turn in turns[V1.name])
+
+
+def test_a_streams_pieces_are_the_smallest_that_keep_a_document_within_the_limit():
+    assert stream.smallest_piece(lambda piece: 1 + 80 / piece) == (384, 1 + 80 / 384)
+    assert stream.smallest_piece(lambda piece: 1.0) == (64, 1.0)
+    with pytest.raises(ValueError, match=r"2\.00 times"):
+        stream.smallest_piece(lambda piece: 2.0)
 
 
 # The host's work
