@@ -9,15 +9,28 @@ class EngineError(RuntimeError):
     """An engine (or the pool's coordinator) died or broke; nothing the caller can pass differently would help."""
 
 
+class EngineStoppedError(RuntimeError):
+    """An engine's loop no longer steps it; the cause says why."""
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether a remote call failed because its engine is gone, and not because of what was asked."""
+    return not isinstance(error, RayTaskError) or isinstance(error.cause, EngineStoppedError)
+
+
 def translate(who: str, error: BaseException) -> Exception:
     """The exception to raise in the caller's process for a remote `error` of `who` ("engine 1").
 
-    ValueError (the caller's mistake) stays ValueError; everything else becomes an EngineError that names `who`.
+    ValueError (the caller's mistake) stays ValueError, an EngineError keeps the name it has; everything else becomes an
+    EngineError that names `who`.
     """
-    if isinstance(error, RayTaskError) and isinstance(error.cause, ValueError):
-        return ValueError(str(error.cause))
+    if isinstance(error, EngineError):
+        return error
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, (ValueError, EngineError)):
+        return (ValueError if isinstance(cause, ValueError) else EngineError)(str(cause))
     if isinstance(error, RayTaskError):
-        return EngineError(f"{who} failed: {type(error.cause).__name__}: {error.cause}")
+        return EngineError(f"{who} failed: {type(cause).__name__}: {cause}")
     if isinstance(error, RayActorError):
         return EngineError(f"{who} died: {error}")
     return EngineError(f"{who} cannot be reached: {type(error).__name__}: {error}")

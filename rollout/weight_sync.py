@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
+import ray
 import torch
 
 from engine.llm_engine import MAX_POLICY_VERSION, UpdateMode
@@ -23,6 +24,21 @@ class WeightBucket:
 
     arrays: dict[str, np.ndarray]  # by Hugging Face name: float32, C-contiguous
     digests: dict[str, bytes]  # by the same names, taken by the sender
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredBucket:
+    """A bucket in Ray's object store, by reference: small, and opened where it is needed."""
+
+    reference: ray.ObjectRef
+
+    @classmethod
+    def put(cls, bucket: WeightBucket, owner: Any) -> StoredBucket:
+        """owner: the actor that keeps it alive; it may outlive the process that calls."""
+        return cls(reference=ray.put(bucket, _owner=owner))
+
+    def open(self) -> WeightBucket:
+        return ray.get(self.reference)
 
 
 def check_sync_options(policy_version: int, mode: str) -> None:
