@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ import ray
 
 from engine.outputs import EngineStats
 from rollout.engine_actor import EngineInfo
-from rollout.errors import EngineError, is_loss, translate
+from rollout.errors import EngineError, Loss, is_loss, translate
 from rollout.fleet import EngineRef, EngineSpec, Fault, Fleet, Slot
 from rollout.requests import Partials
 from rollout.router import Assignment, Routed, Router
@@ -19,7 +20,8 @@ from rollout.switch import Switch
 from rollout.sync_report import CommitReport, SyncMode
 from rollout.weight_sync import StoredBucket
 
-MAX_LOSSES = 5  # of an engine under one group: the group may be what ends them
+# Of engines under one group, which may be what ends them. What an engine's own code raised, it will raise again.
+MAX_LOSSES: dict[Loss, int] = {"died": 5, "failed": 2}
 MAX_FAULTS = 100  # the latest, in `PoolStats`
 
 
@@ -55,7 +57,7 @@ class PoolCoordinator:
         self._fleet = Fleet(spec, self._catch_up, self._on_serving, self._on_lost)
         self._switch = Switch(self._fleet, self._router, self._keep)
         self._partials: Partials = {}
-        self._losses: dict[str, int] = {}  # by group: how many engines it has lost
+        self._losses: dict[str, Counter[Loss]] = {}  # by group: the engines that it has lost
         self._num_redrawn_groups = 0
         self._handing_over: dict[int, asyncio.Event] = {}  # engines that retire
 
@@ -128,7 +130,7 @@ class PoolCoordinator:
             self._losses.pop(group_id, None)
         self._switch.note_released(group_ids)
 
-    async def recover(self, ref: EngineRef, cause: str, group_ids: Sequence[str]) -> Placement:
+    async def recover(self, ref: EngineRef, loss: Loss, cause: str, group_ids: Sequence[str]) -> Placement:
         """Where groups go on whose engine a caller has lost, and what they go on from.
 
         Raises EngineError for a group that has lost too many engines, and where no engine is left.
@@ -137,9 +139,10 @@ class PoolCoordinator:
         if ref.engine_id in self._handing_over:
             await self._handing_over[ref.engine_id].wait()
         for group_id in group_ids:
-            self._losses[group_id] = self._losses.get(group_id, 0) + 1
-            if self._losses[group_id] >= MAX_LOSSES:
-                raise EngineError(f"{cause}; that was engine number {MAX_LOSSES} under group {group_id!r}: given up")
+            losses = self._losses.setdefault(group_id, Counter())
+            losses[loss] += 1
+            if loss in MAX_LOSSES and losses[loss] >= MAX_LOSSES[loss]:
+                raise EngineError(f"{cause}; that was engine number {losses[loss]} under group {group_id!r}: given up")
         await self._fleet.wait_for_serving(besides=self._switch.finishing_engines)
         assignments = self._router.move(group_ids, avoid=self._switch.finishing_engines())
         self._num_redrawn_groups += len(assignments)

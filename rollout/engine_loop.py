@@ -11,15 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from engine import Completion
-from rollout.errors import EngineStoppedError
+from rollout.errors import EngineRetiredError, EngineStoppedError
 from rollout.requests import GroupRequest, GroupResult, Partials
 
 Result = TypeVar("Result")
 NAMED_GROUPS = 4  # of those open, in `Progress`
-
-
-class RetiredError(Exception):
-    """The loop was told to stop; its groups go on elsewhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,12 +142,12 @@ class EngineLoop:
         def hand_over(engine: Any) -> None:
             nonlocal partials
             partials = self.partials(engine)
-            raise RetiredError("it was told to retire")
+            raise EngineRetiredError("it was told to retire")
 
         partials: Partials = {}
         try:
             self.run(hand_over, "retire")
-        except RetiredError:
+        except EngineRetiredError:
             self._thread.join()
         return partials
 
@@ -286,4 +282,6 @@ class EngineLoop:
 
     def _check_alive(self) -> None:
         if self._failure is not None:
+            if isinstance(self._failure, EngineRetiredError):
+                raise EngineRetiredError(str(self._failure))
             raise EngineStoppedError(f"{type(self._failure).__name__}: {self._failure}") from self._failure

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from ray.exceptions import RayActorError, RayTaskError
 
 
@@ -11,6 +13,20 @@ class EngineError(RuntimeError):
 
 class EngineStoppedError(RuntimeError):
     """An engine's loop no longer steps it; the cause says why."""
+
+
+class EngineRetiredError(EngineStoppedError):
+    """The loop was told to stop: its groups go on elsewhere."""
+
+
+Loss = Literal["died", "failed", "retired"]
+
+
+def loss_of(error: BaseException) -> Loss:
+    """How an engine was lost (see `is_loss`): its process ended, its own code raised, or it was told to stop."""
+    if not isinstance(error, RayTaskError):
+        return "died"
+    return "retired" if isinstance(error.cause, EngineRetiredError) else "failed"
 
 
 def is_loss(error: BaseException) -> bool:

@@ -329,7 +329,7 @@ class PoolHandle:
     def _stage(self, sync_id: str, buckets: Iterator[WeightBucket]) -> list[ray.ObjectRef]:
         """First phase: hands every bucket over; the answers come once every engine has verified it."""
         # one copy in shared memory for all engines, which verify it while the next bucket is read
-        stored = (StoredBucket.put(bucket, owner=self.coordinator) for bucket in buckets)
+        stored = (StoredBucket.put(bucket) for bucket in buckets)
         return [self.coordinator.stage.remote(sync_id, bucket) for bucket in stored]
 
     # --- asking ---

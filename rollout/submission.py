@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 
 from engine import Completion, SamplingParams
 from rollout.coordinator import Placement
-from rollout.errors import is_loss, translate
+from rollout.errors import Loss, is_loss, loss_of, translate
 from rollout.fleet import EngineRef
 from rollout.requests import GroupRequest, GroupResult, token_cost
 from rollout.rollout import Rollout
@@ -185,7 +185,7 @@ class Submission:
             failure = translate(str(engine), error)
             if not is_loss(error):
                 raise failure from error
-            self._recover(engine, failure)
+            self._recover(engine, loss_of(error), failure)
             return []
         arrived = [(self._note_gone(r.group_id), r) for r in results if r.group_id in self._placed]
         if arrived:
@@ -194,11 +194,11 @@ class Submission:
             self._coordinator.release.remote(group_ids)
         return arrived
 
-    def _recover(self, engine: EngineRef, failure: Exception) -> None:
+    def _recover(self, engine: EngineRef, loss: Loss, failure: Exception) -> None:
         """The engine is gone: its groups go on elsewhere, from what it had handed over."""
         group_ids = [group_id for group_id, placed in self._placed.items() if placed.engine == engine]
         if group_ids:
-            placement = self._ask("recover", engine, str(failure), group_ids)
+            placement = self._ask("recover", engine, loss, str(failure), group_ids)
             self._send({group_id: self._note_gone(group_id) for group_id in group_ids}, placement)
 
     def _ask(self, method: str, *args: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import ray
@@ -33,9 +33,9 @@ class StoredBucket:
     reference: ray.ObjectRef
 
     @classmethod
-    def put(cls, bucket: WeightBucket, owner: Any) -> StoredBucket:
-        """owner: the actor that keeps it alive; it may outlive the process that calls."""
-        return cls(reference=ray.put(bucket, _owner=owner))
+    def put(cls, bucket: WeightBucket) -> StoredBucket:
+        """It lives as long as somebody holds it and the process that calls."""
+        return cls(reference=ray.put(bucket))
 
     def open(self) -> WeightBucket:
         return ray.get(self.reference)

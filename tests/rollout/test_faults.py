@@ -160,9 +160,7 @@ def test_a_group_that_ends_every_engine_is_given_up_with_the_cause(local_ray, co
             return super().step()
 
     with RolloutPool(config, engine_factory=Failing) as pool:
-        with pytest.raises(
-            EngineError, match=r"engine 0 failed: .*went wrong; that was engine number \d under"
-        ):
+        with pytest.raises(EngineError, match=r"engine 0 failed: .*went wrong; that was engine number \d under"):
             pool.generate([[5, 6, 7]], PARAMS)
         assert len(pool.generate([[5, 6]], PARAMS)[0]) == PARAMS.n  # the pool goes on
 

@@ -64,7 +64,7 @@ def test_every_engine_writes_a_trace_of_its_own(local_ray, config, tmp_path):
     with RolloutPool(replace(config, trace_path=str(tmp_path / "{pid}.json")), num_engines=2) as pool:
         pool.generate(PROMPTS, PARAMS)
         paths = pool.write_trace()
-    assert {path.name for path in paths} == {f"{info.pid}.json" for info in pool.engine_infos}
+        assert {path.name for path in paths} == {f"{info.pid}.json" for info in pool.engine_infos}
     for path in paths:
         names = [event["name"] for event in json.loads(path.read_text())["traceEvents"]]
         assert names.count("execute") >= PARAMS.max_tokens
@@ -188,7 +188,7 @@ def test_aborted_groups_come_back_with_what_they_have(pool):
         ([[5], [6] * 512], {}, r"prompts\[1\] has 512 tokens.*max_model_len=512"),
         ([[5]], {"group_ids": ["a", "b"]}, "group_ids has 2 entries for 1 prompts"),
         ([[5]], {"metadata": [3]}, r"metadata\[0\] must be a Mapping"),
-        ([[5]], {"params": SamplingParams(n=300)}, "n=300 samples, more than max_num_seqs=256"),
+        ([[5]], {"params": SamplingParams(n=300)}, "n=300 samples are more than an engine's max_num_seqs=256"),
     ],
 )
 def test_a_mistake_is_a_value_error_of_the_caller(pool, prompts, options, message):
