@@ -56,6 +56,7 @@ class Switch:
         self._turn = asyncio.Condition()
         self._finishing: set[Life] = set()  # engines that let nothing new begin, until they switch
         self._is_finishing = False
+        self._caught_up: dict[Life, CommitReport] = {}  # engines that came later
         self._lost_groups: set[str] = set()  # that must end under the old weights, wherever they go on
 
     async def begin(self, sync_id: str, policy_version: int, rollback: bool) -> None:
@@ -93,7 +94,7 @@ class Switch:
             refs = [slot.ref for slot in self._fleet.serving()]
             engine_mode = "recompute" if mode == "wait" else mode
             reports = await asyncio.gather(*(self._commit_at(ref, sync, engine_mode) for ref in refs))
-            return [report for report in reports if report is not None]
+            return [report for report in reports if report is not None] or [await self._first_caught_up()]
         finally:
             await self._stop_finishing()
             await self._clear(sync)
@@ -111,8 +112,14 @@ class Switch:
             sync = _Sync(f"catch-up-{weights.policy_version}", weights.policy_version, weights.buckets)
             for bucket in weights.buckets:
                 await ref.actor.stage_weights.remote(sync.sync_id, bucket)
-            await ref.actor.commit_weights.remote(sync.sync_id, weights.policy_version, "recompute")
+            report = await ref.actor.commit_weights.remote(sync.sync_id, weights.policy_version, "recompute")
+            self._caught_up[_life(ref)] = report
         return self._weights is weights
+
+    async def _first_caught_up(self) -> CommitReport:
+        """No engine lived through the switch: the first of those that come after."""
+        await self._fleet.wait_for_serving()
+        return self._caught_up[_life(self._fleet.serving()[0].ref)]
 
     # --- requests that must end under the old weights ---
 
