@@ -54,9 +54,15 @@ class BufferStats:
     staleness_max: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Running:
+    place: int  # in the order of submission
+    policy_version: int  # at which it was submitted: its tokens are of this version or later ones
+
+
 @dataclass(slots=True)
 class _Ready:
-    place: int  # in the order of submission
+    place: int
     group: PendingGroup
     rollouts: list[Rollout]
 
@@ -84,7 +90,7 @@ class RolloutBuffer:
         groups engines have room for."""
         self._submission, self._limit = submission, limit
         self._policy_version, self._reserve, self._num_groups_with_room = policy_version, reserve, num_groups_with_room
-        self._places: dict[str, int] = {}  # by group id, of the running
+        self._running: dict[str, _Running] = {}  # by group id
         self._ready: list[_Ready] = []
         self._taken = _Taken()
         self._stats = BufferStats()
@@ -92,7 +98,7 @@ class RolloutBuffer:
     @property
     def num_groups(self) -> int:
         """On their way or ready."""
-        return len(self._places) + len(self._ready)
+        return len(self._running) + len(self._ready)
 
     def has_capacity(self, num_groups: int = 1) -> bool:
         """Whether so many groups may be submitted now."""
@@ -107,33 +113,35 @@ class RolloutBuffer:
 
     def submit(self, groups: Sequence[PendingGroup]) -> None:
         """They must have been found to have capacity."""
+        version = self._policy_version()
         for group in groups:
-            self._places[group.request.group_id] = self._stats.num_submitted
+            self._running[group.request.group_id] = _Running(self._stats.num_submitted, version)
             self._stats.num_submitted += 1
         self._submission.add(list(groups))
 
     def collect(self, num_groups: int, timeout: float | None) -> list[list[Rollout]]:
         """The next so many groups to finish that are not too old, in the order in which they were submitted.
 
+        A group that would be too old next time is waited for, rather than that a later one overtakes it.
         Raises ValueError if fewer are on their way, TimeoutError (nothing is lost then), EngineError.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             version = self._policy_version()
             self._drop_stale(version)
-            if len(self._ready) >= num_groups:
+            if len(self._ready) >= num_groups and not self._has_due(version):
                 return self._hand_out(num_groups, version)
             self._check_can_come(num_groups)
             remaining = None if deadline is None else deadline - time.monotonic()
             if remaining is not None and remaining <= 0:
                 raise TimeoutError(
-                    f"{len(self._ready)} of {num_groups} groups are ready after {timeout} s, {len(self._places)} are "
+                    f"{len(self._ready)} of {num_groups} groups are ready after {timeout} s, {len(self._running)} are "
                     "running: raise timeout, or lower max_tokens"
                 )
             self._take(remaining)
 
     def stats(self) -> BufferStats:
-        return replace(self._stats, num_running=len(self._places), num_ready=len(self._ready))
+        return replace(self._stats, num_running=len(self._running), num_ready=len(self._ready))
 
     def close(self) -> None:
         self._submission.give_up()
@@ -150,8 +158,15 @@ class RolloutBuffer:
 
     def _take(self, timeout: float | None) -> None:
         for group, result in self._submission.take(timeout):
-            place = self._places.pop(group.request.group_id)
+            place = self._running.pop(group.request.group_id).place
             self._ready.append(_Ready(place, group, group.rollouts(result)))
+
+    def _has_due(self, policy_version: int) -> bool:
+        """Whether a running group must be collected under this version or never."""
+        if self._limit is None:
+            return False
+        last = policy_version - self._limit.max_staleness
+        return any(running.policy_version == last for running in self._running.values())
 
     def _drop_stale(self, policy_version: int) -> None:
         if self._limit is None:
@@ -165,7 +180,7 @@ class RolloutBuffer:
             self._stats.num_stale_dropped += len(stale)
             return
         self._stats.num_stale_redrawn += len(stale)
-        self._places |= {ready.group.request.group_id: ready.place for ready in stale}
+        self._running |= {one.group.request.group_id: _Running(one.place, policy_version) for one in stale}
         self._reserve([ready.group.request.group_id for ready in stale])
         self._submission.add([ready.group for ready in stale])
 
@@ -173,7 +188,7 @@ class RolloutBuffer:
         if self.num_groups < num_groups:
             raise ValueError(
                 f"collect({num_groups}) would wait for ever: {len(self._ready)} groups are ready and "
-                f"{len(self._places)} are running ({self._stats.num_stale_dropped} were dropped as too old): "
+                f"{len(self._running)} are running ({self._stats.num_stale_dropped} were dropped as too old): "
                 "submit more"
             )
 
