@@ -146,6 +146,7 @@ class PoolCoordinator:
         await self._fleet.wait_for_serving(besides=self._switch.finishing_engines)
         assignments = self._router.move(group_ids, avoid=self._switch.finishing_engines())
         self._num_redrawn_groups += len(assignments)
+        self._switch.note_moved([assignment.group_id for assignment in assignments])
         return self._placement(assignments)
 
     async def abort(self, group_ids: Sequence[str]) -> None:

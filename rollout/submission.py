@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,7 +80,10 @@ class _Placed:
 
 
 class Submission:
-    """Each group comes back exactly once, whatever becomes of the engines that draw it."""
+    """Each group comes back exactly once, whatever becomes of the engines that draw it.
+
+    A thread of its own takes answers in and places groups anew, so nothing waits for a caller who is busy elsewhere.
+    """
 
     def __init__(
         self, coordinator: Any, groups: Iterator[PendingGroup], reserved_ids: Iterable[str], samples_at_once: int
@@ -85,20 +91,27 @@ class Submission:
         """groups: those to submit, read as far as engines have room for them; more may be given with `add`.
         reserved_ids: in use until their groups are back or given up. samples_at_once: that one engine runs."""
         self._coordinator = coordinator
-        self._reserved = set(reserved_ids)
-        self._waiting = groups
+        self._waiting = groups  # read by the caller's thread alone, as is the next one
         self._next: PendingGroup | None = None  # read from `groups`, but there was no room yet
         self._samples_at_once = samples_at_once
+        self._call_id = uuid.uuid4().hex
+        self._answers: queue.SimpleQueue[tuple[EngineRef, Future] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._changed = threading.Condition()  # guards what follows
+        self._reserved = set(reserved_ids)
         self._num_engines = 1
         self._num_samples = 0  # placed and not back
-        self._call_id = uuid.uuid4().hex
         self._placed: dict[str, _Placed] = {}
         self._at_work: dict[EngineRef, int] = {}  # groups at every engine that has some
-        self._polls: dict[ray.ObjectRef, EngineRef] = {}
+        self._polled: set[EngineRef] = set()  # engines where a question is open
+        self._arrived: list[tuple[PendingGroup, GroupResult]] = []  # and not taken
+        self._failure: Exception | None = None
+        self._is_given_up = False
 
     def __len__(self) -> int:
-        """Groups that are placed and not back."""
-        return len(self._placed)
+        """Groups that are placed and not taken."""
+        with self._changed:
+            return len(self._placed) + len(self._arrived)
 
     def add(self, groups: list[PendingGroup]) -> None:
         """Places further groups at once."""
@@ -116,29 +129,38 @@ class Submission:
         Raises ValueError for what an engine refuses, EngineError where groups cannot be drawn any more.
         """
         self.fill()
-        self._poll()
-        ready, _ = ray.wait(list(self._polls), num_returns=1, timeout=timeout) if self._polls else ([], [])
-        return [arrived for answer in ready for arrived in self._receive(self._polls.pop(answer), answer)]
+        with self._changed:
+            self._changed.wait_for(lambda: self._arrived or self._failure or not self._placed, timeout)
+            if self._failure is not None:
+                raise self._failure
+            arrived, self._arrived = self._arrived, []
+            return arrived
 
     def give_up(self) -> None:
         """Tells engines and coordinator to drop all groups. Waits for nobody: an engine may be dead."""
         self._waiting, self._next = iter(()), None
-        unreturned, self._reserved = self._reserved | self._placed.keys(), set()
-        if not unreturned or not ray.is_initialized():
-            return
-        for engine in self._at_work:
-            engine.actor.forget.remote(self._call_id)
-        self._coordinator.release.remote(list(unreturned))
-        self._placed.clear()
-        self._at_work.clear()
+        with self._changed:
+            self._is_given_up = True
+            unreturned, self._reserved = self._reserved | self._placed.keys(), set()
+            engines = list(self._at_work)
+            self._placed.clear()
+            self._at_work.clear()
+        self._answers.put(None)
+        if unreturned and ray.is_initialized():
+            for engine in engines:
+                engine.actor.forget.remote(self._call_id)
+            self._coordinator.release.remote(list(unreturned))
 
     def num_groups_by_engine(self) -> dict[int, int]:
-        return dict(sorted((engine.engine_id, count) for engine, count in self._at_work.items()))
+        with self._changed:
+            return dict(sorted((engine.engine_id, count) for engine, count in self._at_work.items()))
 
     def _read_batch(self) -> list[PendingGroup]:
         batch: list[PendingGroup] = []
-        room = QUEUED_BATCHES * self._samples_at_once * self._num_engines - self._num_samples
-        while room > 0 or not (batch or self._placed):
+        with self._changed:
+            room = QUEUED_BATCHES * self._samples_at_once * self._num_engines - self._num_samples
+            is_idle = not (self._placed or self._arrived)
+        while room > 0 or (is_idle and not batch):
             group = self._next or next(self._waiting, None)
             self._next = None
             if group is None:
@@ -149,15 +171,23 @@ class Submission:
 
     def _send(self, groups: Mapping[str, PendingGroup], placement: Placement) -> None:
         """Hands placed groups to their engines. Who is gone by now is found out by the polls."""
-        self._num_engines = placement.num_engines
-        requests: dict[int, list[GroupRequest]] = {}
-        for assignment in placement.assignments:
-            group, engine = groups[assignment.group_id], placement.engines[assignment.engine_id]
-            self._note_placed(group, engine)
-            partial = tuple(placement.partials.get(assignment.group_id, ()))
-            requests.setdefault(assignment.engine_id, []).append(replace(group.request, resume=partial))
-        for engine_id, batch in requests.items():
-            placement.engines[engine_id].actor.submit.remote(self._call_id, batch)
+        requests: dict[EngineRef, list[GroupRequest]] = {}
+        with self._changed:
+            if self._is_given_up:
+                self._coordinator.release.remote(list(groups))
+                return
+            self._num_engines = placement.num_engines
+            for assignment in placement.assignments:
+                group, engine = groups[assignment.group_id], placement.engines[assignment.engine_id]
+                self._note_placed(group, engine)
+                partial = tuple(placement.partials.get(assignment.group_id, ()))
+                requests.setdefault(engine, []).append(replace(group.request, resume=partial))
+            for engine, batch in requests.items():
+                engine.actor.submit.remote(self._call_id, batch)
+                self._poll(engine)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._take_in_answers, name="lockstep-groups", daemon=True)
+                self._thread.start()
 
     def _note_placed(self, group: PendingGroup, engine: EngineRef) -> None:
         self._placed[group.request.group_id] = _Placed(group, engine)
@@ -173,33 +203,60 @@ class Submission:
         self._num_samples -= placed.group.request.params.n
         return placed.group
 
-    def _poll(self) -> None:
+    def _poll(self, engine: EngineRef) -> None:
         """One question is open at every engine that has work of this submission."""
-        for engine in self._at_work.keys() - set(self._polls.values()):
-            self._polls[engine.actor.collect.remote(self._call_id, POLL_SECONDS)] = engine
+        if engine in self._polled or engine not in self._at_work:
+            return
+        self._polled.add(engine)
+        answer = engine.actor.collect.remote(self._call_id, POLL_SECONDS).future()
+        answers = self._answers
+        answer.add_done_callback(lambda done: answers.put((engine, done)))
 
-    def _receive(self, engine: EngineRef, answer: ray.ObjectRef) -> list[tuple[PendingGroup, GroupResult]]:
-        try:
-            results = ray.get(answer)
-        except RayError as error:
-            failure = translate(str(engine), error)
-            if not is_loss(error):
-                raise failure from error
-            self._recover(engine, loss_of(error), failure)
-            return []
-        arrived = [(self._note_gone(r.group_id), r) for r in results if r.group_id in self._placed]
-        if arrived:
+    # --- the thread's ---
+
+    def _take_in_answers(self) -> None:
+        while (answer := self._answers.get()) is not None:
+            engine, done = answer
+            try:
+                self._receive(engine, done)
+            except Exception as error:
+                with self._changed:
+                    self._failure = error
+                    self._changed.notify_all()
+                return
+
+    def _receive(self, engine: EngineRef, done: Future) -> None:
+        with self._changed:
+            self._polled.discard(engine)
+        error = done.exception()
+        if error is None:
+            self._note_arrived(engine, done.result())
+        elif is_loss(error):
+            self._recover(engine, loss_of(error), translate(str(engine), error))
+        else:
+            raise translate(str(engine), error) from error
+
+    def _note_arrived(self, engine: EngineRef, results: list[GroupResult]) -> None:
+        with self._changed:
+            arrived = [(self._note_gone(r.group_id), r) for r in results if r.group_id in self._placed]
             group_ids = [result.group_id for _, result in arrived]
             self._reserved.difference_update(group_ids)
-            self._coordinator.release.remote(group_ids)
-        return arrived
+            self._arrived += arrived
+            if group_ids:  # before the caller sees them, who may use the ids again
+                self._coordinator.release.remote(group_ids)
+            self._poll(engine)
+            self._changed.notify_all()
 
     def _recover(self, engine: EngineRef, loss: Loss, failure: Exception) -> None:
         """The engine is gone: its groups go on elsewhere, from what it had handed over."""
-        group_ids = [group_id for group_id, placed in self._placed.items() if placed.engine == engine]
-        if group_ids:
-            placement = self._ask("recover", engine, loss, str(failure), group_ids)
-            self._send({group_id: self._note_gone(group_id) for group_id in group_ids}, placement)
+        with self._changed:
+            group_ids = [group_id for group_id, placed in self._placed.items() if placed.engine == engine]
+        if not group_ids:
+            return
+        placement = self._ask("recover", engine, loss, str(failure), group_ids)
+        with self._changed:
+            groups = {group_id: self._note_gone(group_id) for group_id in group_ids if group_id in self._placed}
+        self._send(groups, placement)
 
     def _ask(self, method: str, *args: Any) -> Any:
         try:

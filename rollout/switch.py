@@ -19,7 +19,7 @@ from rollout.sync_report import CommitReport, SyncMode
 from rollout.weight_sync import StoredBucket
 
 LEASE_SECONDS = 120.0  # after which a sync that nobody goes on with gives way to the next
-LOST_CALLER_SECONDS = 600.0  # for which groups of a lost engine are waited for: their caller may be gone too
+LOST_CALLER_SECONDS = 60.0  # for which a lost engine's groups may fail to go on elsewhere: their caller may be gone too
 
 Life = tuple[int, int]  # engine id and incarnation
 
@@ -58,6 +58,7 @@ class Switch:
         self._is_finishing = False
         self._caught_up: dict[Life, CommitReport] = {}  # engines that came later
         self._lost_groups: set[str] = set()  # that must end under the old weights, wherever they go on
+        self._moved_groups: set[str] = set()  # of these, those that go on
 
     async def begin(self, sync_id: str, policy_version: int, rollback: bool) -> None:
         """Waits for the sync before it. ValueError unless the version is new."""
@@ -130,9 +131,15 @@ class Switch:
     def note_lost(self, group_ids: Iterable[str]) -> None:
         if self._is_finishing:
             self._lost_groups.update(group_ids)
+            self._moved_groups.difference_update(self._lost_groups)
+
+    def note_moved(self, group_ids: Iterable[str]) -> None:
+        """They go on, at an engine that ends them before it switches."""
+        self._moved_groups.update(self._lost_groups.intersection(group_ids))
 
     def note_released(self, group_ids: Iterable[str]) -> None:
         self._lost_groups.difference_update(group_ids)
+        self._moved_groups.difference_update(group_ids)
 
     async def _finish_started(self) -> None:
         """Every engine ends what it has begun. What a lost one had is drawn again first, by its replacement."""
@@ -154,14 +161,20 @@ class Switch:
             self._fleet.lose(ref.engine_id, ref.incarnation, str(translate(str(ref), error)))
 
     async def _wait_for_lost_groups(self) -> None:
-        deadline = time.monotonic() + LOST_CALLER_SECONDS
-        while self._lost_groups and time.monotonic() < deadline:
+        last_move = time.monotonic()
+        while self._lost_groups:
             await asyncio.sleep(0.02)
-        self._lost_groups.clear()
+            has_place = any(_life(slot.ref) not in self._finishing for slot in self._fleet.serving())
+            if not has_place or self._lost_groups == self._moved_groups:
+                last_move = time.monotonic()
+            if time.monotonic() - last_move > LOST_CALLER_SECONDS:
+                self._lost_groups.intersection_update(self._moved_groups)
 
     async def _stop_finishing(self) -> None:
         """Engines that did not switch go on under the weights they have."""
         paused, self._finishing, self._is_finishing = self._finishing, set(), False
+        self._lost_groups.clear()
+        self._moved_groups.clear()
         refs = [slot.ref for slot in self._fleet.serving() if _life(slot.ref) in paused]
         await asyncio.gather(*(ref.actor.resume.remote() for ref in refs), return_exceptions=True)
 
