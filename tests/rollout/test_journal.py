@@ -35,6 +35,8 @@ HEADER = JournalHeader(
     weights_checksum="00ff",
 )
 
+SWITCH = {"kind": "switch", "policy_version": 1, "checksum": "ab", "mode": "wait", "weights": None}
+
 
 def rollout(group_id: str = "g", index: int = 0, num_tokens: int = len(LOGPROBS), **changes) -> Rollout:
     whole = Rollout(
@@ -219,7 +221,7 @@ def test_records_behind_the_end_that_was_read_are_left_for_the_next_reader(tmp_p
     [
         (1, lambda entry: {**entry, "version": FORMAT_VERSION + 1}, "line 1: .*format has version 2.*reads up to 1"),
         (1, lambda entry: {**entry, "format": "other"}, "line 1: format='other' is not 'lockstep-journal'"),
-        (1, lambda entry: dict(kind="switch", policy_version=1, checksum="", mode="", weights=None), "does not begin with a"),
+        (1, lambda entry: SWITCH, "does not begin with a header"),
         (2, lambda entry: {**entry, "kind": "note"}, "line 2: kind='note' must be"),
         (2, lambda entry: {k: v for k, v in entry.items() if k != "prompt"}, "line 2: .*lacks.*'prompt'"),
         (2, lambda entry: {**entry, "samples": entry["samples"] * 2}, r"line 2: group 'g0' has samples \[0, 0\]"),
