@@ -151,6 +151,14 @@ def test_writers_never_share_a_file_not_even_under_one_name(tmp_path):
     assert sorted(group_ids_in(tmp_path)) == [f"g{i}" for i in range(8)]
 
 
+def test_writers_of_one_name_that_begin_at_once_have_a_file_each(tmp_path, monkeypatch):
+    monkeypatch.setattr("rollout.journal._journal_files", lambda folder: [])  # each looked before the others began
+    writers = [Journal(tmp_path, HEADER, "a") for _ in range(3)]
+    assert [journal.path.name for journal in writers] == [f"a-00000{i}.jsonl" for i in (1, 2, 3)]
+    for journal in writers:
+        journal.close()
+
+
 def test_threads_may_share_a_writer(tmp_path):
     with Journal(tmp_path, HEADER, "a", max_file_bytes=20_000) as journal:
 
@@ -330,6 +338,17 @@ def test_a_full_disk_stops_the_journal_and_harms_nothing(tmp_path, max_file_byte
     if subprocess.run([*mount, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no tmpfs may be mounted here")
     check_full_disk(fill(mount, tmp_path, max_file_bytes, None), "No space left on device")
+
+
+def test_a_journal_without_room_for_its_header_leaves_no_file(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
+    try:
+        with pytest.raises(JournalError, match="File too large"):
+            Journal(tmp_path, HEADER, "a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "journal").iterdir())
 
 
 def test_a_journal_that_cannot_begin_says_why(tmp_path):

@@ -207,12 +207,15 @@ def test_aborted_rollouts_are_drawn_up_to_their_end(make_run, make_weights):
     assert report.not_replayable == {"aborted before the first token": LONG.n}
 
 
-def test_a_rollback_to_weights_that_are_kept_is_drawn_again(make_run, make_weights):
+@pytest.mark.parametrize("is_saved_again", [False, True])
+def test_a_rollback_to_weights_that_are_kept_is_drawn_again(make_run, make_weights, monkeypatch, is_saved_again):
     with make_run() as run:
         run.add(PROMPTS)
         for version in (1, 2, 1):
             run.step(4)
             run.update(version, make_weights(version))
+            if version == 2 and not is_saved_again:
+                monkeypatch.setattr(run.archive, "save", lambda version, weights: None)
         run.drain()
     assert any(s.policy_versions[-1] == 1 and 2 in s.policy_versions for s in samples_in(run.directory))
     report = replay(read_journal(run.directory))
@@ -434,6 +437,7 @@ def test_a_version_that_comes_again_replaces_the_old_one_and_stays(tmp_path, con
     archive.save(5, make_weights(1))
     path = archive.save(2, make_weights(2))
     assert archive.retained() == {2: path}, "after a rollback the newest has the lower number"
+    (path.parent / ".v000002-of-a-killed-process").mkdir()
     archive.save(2, make_weights(3))
     checksum = LLMEngine(config).update_weights(make_weights(3), 2).checksum
     assert LLMEngine(replace(config, model=str(path))).weights_checksum == checksum
