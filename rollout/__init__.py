@@ -10,6 +10,8 @@ _HOMES = {
     "Rollout": "rollout.rollout",
     "SyncReport": "rollout.sync_report",
     "EngineError": "rollout.errors",
+    "JournalError": "rollout.journal",
+    "PoolStats": "rollout.coordinator",
     "EngineConfig": "engine",
     "SamplingParams": "engine",
 }

@@ -85,11 +85,13 @@ class RolloutBuffer:
         policy_version: Callable[[], int],
         reserve: Callable[[list[str]], object],
         num_groups_with_room: Callable[[], int],
+        note_delivered: Callable[[list[Rollout]], None],
     ) -> None:
         """reserve: takes group ids again that are drawn once more. num_groups_with_room: without a limit, how many
-        groups engines have room for."""
+        groups engines have room for. note_delivered: is shown every group just before it is collected."""
         self._submission, self._limit = submission, limit
         self._policy_version, self._reserve, self._num_groups_with_room = policy_version, reserve, num_groups_with_room
+        self._note_delivered = note_delivered
         self._running: dict[str, _Running] = {}  # by group id
         self._ready: list[_Ready] = []
         self._taken = _Taken()
@@ -195,6 +197,8 @@ class RolloutBuffer:
     def _hand_out(self, num_groups: int, policy_version: int) -> list[list[Rollout]]:
         self._ready.sort(key=lambda ready: ready.place)
         taken, self._ready = self._ready[:num_groups], self._ready[num_groups:]
+        for ready in taken:
+            self._note_delivered(ready.rollouts)
         self._taken = _Taken(policy_version, self._num_taken(policy_version) + num_groups)
         self._stats.num_collected += num_groups
         ages = [policy_version - v for ready in taken for one in ready.rollouts for v in one.policy_versions]

@@ -14,6 +14,7 @@ from engine.outputs import EngineStats
 from rollout.engine_actor import EngineInfo
 from rollout.errors import EngineError, Loss, is_loss, translate
 from rollout.fleet import EngineRef, EngineSpec, Fault, Fleet, Slot
+from rollout.journalling import Journalling
 from rollout.requests import Partials
 from rollout.router import Assignment, Routed, Router
 from rollout.switch import Switch
@@ -88,6 +89,7 @@ class PoolCoordinator:
         )
 
     async def shutdown(self) -> list[Any]:
+        self._switch.close()
         return self._fleet.shutdown()
 
     async def _retire(self, slot: Slot) -> None:
@@ -180,8 +182,12 @@ class PoolCoordinator:
     async def stage(self, sync_id: str, bucket: StoredBucket) -> None:
         await self._switch.stage(sync_id, bucket)
 
-    async def commit(self, sync_id: str, mode: SyncMode) -> list[CommitReport]:
-        return await self._switch.commit(sync_id, mode)
+    async def commit(self, sync_id: str, mode: SyncMode, checksum: bytes) -> list[CommitReport]:
+        return await self._switch.commit(sync_id, mode, checksum)
+
+    async def keep_journal(self, journalling: Journalling) -> None:
+        """From now on switches are written down."""
+        self._switch.keep_journal(journalling)
 
     async def end_sync(self, sync_id: str) -> None:
         self._switch.end(sync_id)

@@ -41,6 +41,7 @@ class EngineInfo:
     num_threads: int  # of the kernels, as they report it
     max_model_len: int
     kernel_fingerprint: str
+    weights_checksum: bytes  # of the weights that it started with
     weight_shapes: dict[str, tuple[int, ...]]  # by Hugging Face name, all that a sync must bring
 
 
@@ -138,6 +139,7 @@ def _describe(engine: Any) -> EngineInfo:
         num_threads=kernels.get_num_threads(),
         max_model_len=engine.max_model_len,
         kernel_fingerprint=engine.kernel_fingerprint,
+        weights_checksum=engine.weights_checksum,
         weight_shapes=engine.weight_shapes(),
     )
 

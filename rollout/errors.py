@@ -6,6 +6,8 @@ from typing import Literal
 
 from ray.exceptions import RayActorError, RayTaskError
 
+from rollout.journal_format import JournalError
+
 
 class EngineError(RuntimeError):
     """An engine (or the pool's coordinator) died or broke; nothing the caller can pass differently would help."""
@@ -37,14 +39,15 @@ def is_loss(error: BaseException) -> bool:
 def translate(who: str, error: BaseException) -> Exception:
     """The exception to raise in the caller's process for a remote `error` of `who` ("engine 1").
 
-    ValueError (the caller's mistake) stays ValueError, an EngineError keeps the name it has; everything else becomes an
-    EngineError that names `who`.
+    ValueError (the caller's mistake) and JournalError stay what they are, an EngineError keeps the name it has;
+    everything else becomes an EngineError that names `who`.
     """
     if isinstance(error, EngineError):
         return error
     cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, (ValueError, EngineError)):
-        return (ValueError if isinstance(cause, ValueError) else EngineError)(str(cause))
+    for kind in (ValueError, EngineError, JournalError):
+        if isinstance(cause, kind):
+            return kind(str(cause))
     if isinstance(error, RayTaskError):
         return EngineError(f"{who} failed: {type(cause).__name__}: {cause}")
     if isinstance(error, RayActorError):

@@ -18,7 +18,8 @@ from rollout.errors import EngineError, translate
 
 logger = logging.getLogger(__name__)
 
-MAX_FAILED_STARTS = 3  # in a row, of a replacement; then its place stays empty until the pool is scaled
+MAX_FAILED_STARTS = 3  # in a row, of a replacement; then callers are told, and it is tried again now and then
+RETRY_SECONDS, MAX_RETRY_SECONDS = 10.0, 300.0  # between later tries; each waits twice as long as the one before
 WATCH_SECONDS = 5.0
 STOP_SECONDS = 10.0
 
@@ -124,6 +125,8 @@ class Fleet:
         missing = [i for i in wanted if i not in self.slots or self.slots[i].state == "failed"]
         for engine_id in missing:
             old = self.slots.get(engine_id)
+            if old is not None:
+                old.state = "retired"  # nobody tries on
             self.slots[engine_id] = Slot(engine_id, incarnation=-1 if old is None else old.incarnation)
         if self._watchdog is None:
             self._watchdog = asyncio.create_task(self._watch_for_hangs())
@@ -219,8 +222,11 @@ class Fleet:
             )
 
     async def _replace(self, slot: Slot) -> None:
-        """Tries until it stands, or has failed too often."""
-        while slot.state == "starting":
+        """Tries until it stands."""
+        while slot.state in ("starting", "failed"):
+            num_late = slot.num_failed_starts - MAX_FAILED_STARTS
+            if num_late >= 0:
+                await asyncio.sleep(min(RETRY_SECONDS * 2**num_late, MAX_RETRY_SECONDS))
             try:
                 await self._start(slot)
             except Exception as error:
@@ -228,7 +234,7 @@ class Fleet:
                 _kill(slot.actor)
                 slot.num_failed_starts += 1
                 slot.failure = error if isinstance(error, (EngineError, ValueError)) else EngineError(str(error))
-                if slot.num_failed_starts >= MAX_FAILED_STARTS and slot.state == "starting":
+                if slot.num_failed_starts == MAX_FAILED_STARTS and slot.state == "starting":
                     slot.state = "failed"
                     await self._tell()
 

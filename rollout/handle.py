@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,8 @@ from rollout.buffer import BufferStats, RolloutBuffer, StalenessLimit
 from rollout.coordinator import PoolStats
 from rollout.engine_actor import EngineInfo
 from rollout.errors import translate
+from rollout.journal import Journal
+from rollout.journalling import Journalling
 from rollout.requests import GroupRequest
 from rollout.rollout import Rollout
 from rollout.stream import RolloutStream
@@ -45,6 +47,7 @@ class PoolHandle:
         engine_info: EngineInfo,
         coordinator: Any,
         staleness_limit: StalenessLimit | None = None,
+        journalling: Journalling | None = None,
     ) -> None:
         self.config = config
         self.seed = seed  # of the run; with a group's id it fixes the group's samples
@@ -52,10 +55,11 @@ class PoolHandle:
         self.engine_info = engine_info  # of one engine; the others differ in process, node and threads alone
         self.coordinator = coordinator  # PoolCoordinator handle
         self.staleness_limit = staleness_limit
+        self.journalling = journalling
 
     def __getstate__(self) -> dict[str, Any]:
         # what is made where it is needed: the tokenizer, and this process's own submissions
-        made_here = ("tokenizer", "_buffer", "_background")
+        made_here = ("tokenizer", "_buffer", "_background", "_journal")
         return {name: value for name, value in self.__dict__.items() if name not in made_here}
 
     @cached_property
@@ -120,7 +124,7 @@ class PoolHandle:
         else:
             reserved, groups = self._groups_of_list(prompts, params, group_ids, metadata)
         submission = Submission(self.coordinator, groups, reserved, self.config.max_num_seqs)
-        stream = RolloutStream(submission, timeout)
+        stream = RolloutStream(submission, timeout, self._note_delivered)
         try:
             submission.fill()
         except BaseException:
@@ -211,7 +215,7 @@ class PoolHandle:
         def switch() -> SyncReport:
             try:
                 self._get(*acknowledgements)
-                commits = self._ask("commit", sync_id, mode)
+                commits = self._ask("commit", sync_id, mode, sender.checksum)
             finally:
                 self.coordinator.end_sync.remote(sync_id)
             return SyncReport.from_commits(
@@ -247,7 +251,18 @@ class PoolHandle:
             policy_version=lambda: self.policy_version,
             reserve=lambda group_ids: self._ask("reserve", group_ids),
             num_groups_with_room=lambda: QUEUED_BATCHES * self.config.max_num_seqs * len(self.engines),
+            note_delivered=self._note_delivered,
         )
+
+    @cached_property
+    def _journal(self) -> Journal | None:
+        return None if self.journalling is None else self.journalling.open_journal()
+
+    @property
+    def _note_delivered(self) -> Callable[[list[Rollout]], None]:
+        """Shown every group just before its caller has it."""
+        journal = self._journal
+        return _note_nothing if journal is None else journal.write_group
 
     def _groups_of_list(
         self,
@@ -342,3 +357,7 @@ class PoolHandle:
             return ray.get(list(answers))
         except RayError as error:
             raise translate("the pool's coordinator", error) from error
+
+
+def _note_nothing(group: list[Rollout]) -> None:
+    pass

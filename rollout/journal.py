@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from rollout.journal_format import (
+    JournalError,
     JournalHeader,
     JournalledGroup,
     Record,
@@ -29,10 +30,6 @@ MAX_FILE_BYTES = 64 * 2**20
 JOURNAL_FOLDER = "journal"
 _WRITER_ID = re.compile(r"[\w][\w.-]{0,63}", re.ASCII)
 _FILE_NAME = re.compile(r"(?P<writer>.+)-(?P<number>\d{6,})\.jsonl", re.ASCII)
-
-
-class JournalError(RuntimeError):
-    """The journal cannot be written any more, or a file of it is damaged."""
 
 
 class Journal:

@@ -21,6 +21,10 @@ FORMAT_VERSION = 1  # readers refuse a higher one; raise it with every change of
 _FLOAT32 = np.dtype("<f4")
 
 
+class JournalError(RuntimeError):
+    """The journal cannot be written any more, or a file of it is damaged."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JournalHeader:
     """What all rollouts of one journal file were drawn with; the first record of the file."""

@@ -21,6 +21,8 @@ from rollout.coordinator import PoolCoordinator
 from rollout.engine_actor import EngineFactory, EngineInfo
 from rollout.fleet import EngineSpec, wait_until_dead
 from rollout.handle import PoolHandle
+from rollout.journal import JournalHeader
+from rollout.journalling import Journalling
 
 MAX_SEED = 2**64 - 1
 PlacementStrategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
@@ -39,6 +41,9 @@ class RolloutPool(PoolHandle):
         placement: how a placement group lays the engines out over nodes; None spreads them where there is room.
         max_staleness, groups_per_version, on_stale: for `submit` and `collect`, see `StalenessLimit`.
         start_seconds: in which an engine must be ready.
+        journal: a run directory in which every delivered group and every switch of weights is written down, for
+            `python -m rollout.replay`. keep_weights_every: versions that it divides are kept there too, the latest
+            `keep_last` of them; None keeps none.
         name: of the pool's actors, `NAME/coordinator` and `NAME/engine-I.LIFE`; made up if left out.
         engine_factory: builds what each actor steps.
 
@@ -59,11 +64,16 @@ class RolloutPool(PoolHandle):
         on_stale: OnStale = "drop",
         start_seconds: float = 900.0,
         hang_seconds: float = 300.0,
+        journal: str | Path | None = None,
+        keep_weights_every: int | None = None,
+        keep_last: int | None = None,
         name: str | None = None,
         engine_factory: EngineFactory = LLMEngine,
     ) -> None:
         _check_options(num_engines, seed, engine_cpus, engine_gpus, placement)
         _check_seconds(start_seconds=start_seconds, hang_seconds=hang_seconds)
+        if journal is None and not (keep_weights_every is None and keep_last is None):
+            raise ValueError(f"{keep_weights_every=} and {keep_last=} need a journal: give its run directory")
         limit = _staleness_limit(max_staleness, groups_per_version, on_stale)
         directory = resolve_model(config.model)
         model_config = ModelConfig.from_directory(directory)
@@ -99,6 +109,9 @@ class RolloutPool(PoolHandle):
                 staleness_limit=limit,
             )
             self.engine_info = self.scale(num_engines)[0]
+            if journal is not None:
+                self.journalling = _journalling(self, directory, Path(journal), keep_weights_every, keep_last)
+                self._ask("keep_journal", self.journalling)
             self.tokenizer  # noqa: B018  (loaded now, so that a broken one is an error of the start)
         except BaseException:
             self.shutdown()
@@ -113,6 +126,7 @@ class RolloutPool(PoolHandle):
             engine_info=self.engine_info,
             coordinator=self.coordinator,
             staleness_limit=self.staleness_limit,
+            journalling=self.journalling,
         )
 
     def scale(self, num_engines: int) -> list[EngineInfo]:
@@ -131,6 +145,8 @@ class RolloutPool(PoolHandle):
     def shutdown(self) -> None:
         """Ends engines and coordinator, and Ray if this pool started it. A second call does nothing."""
         coordinator, self._coordinator = self._coordinator, None
+        if "_journal" in self.__dict__ and self._journal is not None:
+            self._journal.close()
         if ray.is_initialized() and coordinator is not None:
             _end(coordinator)
         if ray.is_initialized() and self._placement_group is not None:
@@ -215,6 +231,24 @@ def _placement_group(num_engines: int, resources: dict[str, float], strategy: Pl
             "they need, add nodes, or choose another placement"
         )
     return group
+
+
+def _journalling(
+    pool: RolloutPool, model_directory: Path, directory: Path, keep_weights_every: int | None, keep_last: int | None
+) -> Journalling:
+    header = JournalHeader.from_config(
+        pool.config,
+        seed=pool.seed,
+        kernel_fingerprint=pool.kernel_fingerprint,
+        weights_checksum=pool.engine_info.weights_checksum,
+    )
+    return Journalling(
+        run_directory=directory.expanduser().resolve(),
+        header=header,
+        model_directory=model_directory,
+        keep_weights_every=keep_weights_every,
+        keep_last=keep_last,
+    )
 
 
 def _start_coordinator(spec: EngineSpec) -> Any:

@@ -19,12 +19,12 @@ class RolloutStream:
     """
 
     def __init__(
-        self, submission: Submission, timeout: float | None, note: Callable[[list[Rollout]], None] = lambda group: None
+        self, submission: Submission, timeout: float | None, note_delivered: Callable[[list[Rollout]], None]
     ) -> None:
-        """timeout: seconds for all groups. note: is shown every group before the caller is."""
+        """timeout: seconds for all groups. note_delivered: is shown every group just before the caller is."""
         # neither refers back to the stream, so that dropping it aborts at once and not at some garbage collection
         self._submission = submission
-        self._arrivals = _arrivals(submission, timeout, note)
+        self._arrivals = _arrivals(submission, timeout, note_delivered)
 
     def __iter__(self) -> Iterator[list[Rollout]]:
         return self
@@ -55,7 +55,7 @@ class RolloutStream:
 
 
 def _arrivals(
-    submission: Submission, timeout: float | None, note: Callable[[list[Rollout]], None]
+    submission: Submission, timeout: float | None, note_delivered: Callable[[list[Rollout]], None]
 ) -> Iterator[tuple[int, list[Rollout]]]:
     """(place of the prompt, its rollouts) as groups finish."""
     deadline = None if timeout is None else time.monotonic() + timeout
@@ -69,7 +69,7 @@ def _arrivals(
             num_arrived += len(arrived)
             for group, result in arrived:
                 rollouts = group.rollouts(result)
-                note(rollouts)
+                note_delivered(rollouts)
                 yield group.position, rollouts
             submission.fill()
     finally:

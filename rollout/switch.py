@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+
+import torch
 
 from rollout.errors import EngineError, is_loss, translate
 from rollout.fleet import EngineRef, Fleet, Slot
+from rollout.journal import Journal
+from rollout.journalling import Journalling
 from rollout.requests import Partials
 from rollout.router import Router
 from rollout.sync_report import CommitReport, SyncMode
+from rollout.weight_archive import WeightArchive
 from rollout.weight_sync import StoredBucket
 
 LEASE_SECONDS = 120.0  # after which a sync that nobody goes on with gives way to the next
@@ -56,6 +61,8 @@ class Switch:
         self._turn = asyncio.Condition()
         self._finishing: set[Life] = set()  # engines that let nothing new begin, until they switch
         self._is_finishing = False
+        self._journal: Journal | None = None
+        self._archive: WeightArchive | None = None
         self._caught_up: dict[Life, CommitReport] = {}  # engines that came later
         self._lost_groups: set[str] = set()  # that must end under the old weights, wherever they go on
         self._moved_groups: set[str] = set()  # of these, those that go on
@@ -81,8 +88,11 @@ class Switch:
         sync.buckets.append(bucket)
         await asyncio.gather(*(self._stage_at(slot.ref, sync, len(sync.buckets)) for slot in self._fleet.serving()))
 
-    async def commit(self, sync_id: str, mode: SyncMode) -> list[CommitReport]:
-        """Second phase; it runs to its end whatever becomes of the caller. Reports of the engines that switched."""
+    async def commit(self, sync_id: str, mode: SyncMode, checksum: bytes) -> list[CommitReport]:
+        """Second phase; it runs to its end whatever becomes of the caller. Reports of the engines that switched.
+
+        checksum: of the weights, for the journal. JournalError, with every engine on its old weights, if it is full.
+        """
         sync = self._current(sync_id)
         sync.is_committing = True
         try:
@@ -90,6 +100,7 @@ class Switch:
                 await self._finish_started()
             await self._fleet.wait_for_serving()
             await asyncio.gather(*(self._stage_at(slot.ref, sync, len(sync.buckets)) for slot in self._fleet.serving()))
+            await asyncio.to_thread(self._write_down, sync, mode, checksum)
             self.policy_version = sync.policy_version
             self._weights = _Weights(policy_version=sync.policy_version, buckets=sync.buckets)
             refs = [slot.ref for slot in self._fleet.serving()]
@@ -116,6 +127,22 @@ class Switch:
             report = await ref.actor.commit_weights.remote(sync.sync_id, weights.policy_version, "recompute")
             self._caught_up[_life(ref)] = report
         return self._weights is weights
+
+    def keep_journal(self, journalling: Journalling) -> None:
+        self._journal, self._archive = journalling.open_journal(), journalling.open_archive()
+
+    def close(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
+
+    def _write_down(self, sync: _Sync, mode: SyncMode, checksum: bytes) -> None:
+        """Before the version is in force; so the journal knows every version that ever drew a token."""
+        if self._journal is None:
+            return
+        path = None
+        if self._archive is not None and self._archive.wants(sync.policy_version):
+            path = self._archive.save(sync.policy_version, _tensors(sync.buckets))
+        self._journal.write_switch(sync.policy_version, checksum.hex(), mode, path)
 
     async def _first_caught_up(self) -> CommitReport:
         """No engine lived through the switch: the first of those that come after."""
@@ -233,6 +260,12 @@ class Switch:
             if self._sync is sync:
                 self._sync = None
             self._turn.notify_all()
+
+
+def _tensors(buckets: Iterable[StoredBucket]) -> Iterator[tuple[str, torch.Tensor]]:
+    for bucket in buckets:
+        for name, array in bucket.open().arrays.items():
+            yield name, torch.from_numpy(array)
 
 
 def _life(ref: EngineRef) -> Life:

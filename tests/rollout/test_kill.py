@@ -34,7 +34,8 @@ def check_kills(local_ray, config, make_weights, tmp_path, num_kills: int, num_s
     """Kills spread over the steps, at every moment of an engine's life; not a bit differs from an undisturbed run."""
     orders, draw = Orders(tmp_path), random.Random(num_kills)
     moments = [ORDERED[i % len(ORDERED)] for i in range(num_kills)]
-    at = sorted(draw.choices(range(num_steps - 1), k=num_kills)) if num_kills > num_steps else range(num_kills)
+    draw.shuffle(moments)
+    at = [i * (num_steps - 1) // num_kills for i in range(num_kills)]
     given = list(zip(at, moments, strict=True))
 
     def give_orders(step: int) -> None:
