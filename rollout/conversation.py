@@ -21,7 +21,6 @@ class Conversation:
     logprobs: list[float] = field(default_factory=list)
     policy_versions: list[int] = field(default_factory=list)
     loss_mask: list[int] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
     turns: list[Rollout] = field(default_factory=list)
     turn_spans: list[tuple[int, int]] = field(default_factory=list)  # [start, end) of each turn in token_ids
     details: dict[str, list[Any]] = field(default_factory=dict)  # raw_logprobs, kept_mass, top_logprobs where asked for
@@ -38,25 +37,24 @@ class Conversation:
     def add_turn(self, turn: Rollout) -> None:
         """Append what the model drew after `next_prompt`."""
         start = len(self.token_ids)
-        self._append(turn.token_ids, turn.logprobs, turn.policy_versions, loss=1, text=turn.text)
+        self._append(turn.token_ids, turn.logprobs, turn.policy_versions, loss=1)
         self.turn_spans.append((start, len(self.token_ids)))
         self.turns.append(turn)
         self._extend_details({name: getattr(turn, name) for name in _OBSERVED_DETAILS})
 
-    def add_observation(self, token_ids: Sequence[int], text: str) -> None:
+    def add_observation(self, token_ids: Sequence[int]) -> None:
         """Append what the environment answered to the latest turn."""
         count, version = len(token_ids), self.policy_versions[-1]
-        self._append(token_ids, [0.0] * count, [version] * count, loss=0, text=text)
+        self._append(token_ids, [0.0] * count, [version] * count, loss=0)
         self._extend_details({name: [_OBSERVED_DETAILS[name]() for _ in token_ids] for name in self.details})
 
     def _append(
-        self, token_ids: Sequence[int], logprobs: Sequence[float], versions: Sequence[int], *, loss: int, text: str
+        self, token_ids: Sequence[int], logprobs: Sequence[float], versions: Sequence[int], *, loss: int
     ) -> None:
         self.token_ids.extend(token_ids)
         self.logprobs.extend(logprobs)
         self.policy_versions.extend(versions)
         self.loss_mask.extend([loss] * len(token_ids))
-        self.texts.append(text)
 
     def _extend_details(self, details: Mapping[str, list[Any] | None]) -> None:
         for name, values in details.items():

@@ -81,7 +81,8 @@ class EpisodeRunner:
 
         A rollout's `prompt_token_ids` are the first prompt, its `token_ids` all that came after it, turns and
         observations. Tokens of observations have loss_mask 0, logprob 0.0 and the policy version of the token before.
-        `finish_reason` is the last turn's, `text` all of it without special tokens. `metadata` holds
+        `finish_reason` is the last turn's, `text` all of it, without special tokens but with stop strings. `metadata`
+        holds
 
         - row: as given; reward: the sum of the rewards, None if there was none; turn_rewards: one for each turn or None
         - num_turns; turn_spans: (start, end) of each turn in token_ids
@@ -191,7 +192,7 @@ class EpisodeRunner:
         if conversation.num_tokens + len(token_ids) >= self.max_total_tokens:
             episode.ended_by = "max_total_tokens"
         else:
-            conversation.add_observation(token_ids, self.encoder.decode(token_ids))
+            conversation.add_observation(token_ids)
 
     # --- what goes in and comes out ---
 
@@ -245,7 +246,7 @@ class EpisodeRunner:
             policy_versions=conversation.policy_versions,
             finish_reason=turns[-1].finish_reason if is_whole else "abort",
             stop_reason=turns[-1].stop_reason if is_whole else None,
-            text="".join(conversation.texts),
+            text=self.encoder.decode(conversation.token_ids),
             loss_mask=conversation.loss_mask if is_whole else [0] * len(conversation.token_ids),
             seed=episode.seed,
             sampling_params=self.params,

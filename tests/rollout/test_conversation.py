@@ -132,7 +132,7 @@ def test_without_a_tokenizer_ids_alone_can_be_observations():
 def test_observations_are_masked_and_carry_the_version_before_them(make_turn):
     conversation = Conversation(prompt_token_ids=[1, 2])
     conversation.add_turn(make_turn([3, 4], logprobs=[-0.5, -0.25], policy_versions=[4, 5]))
-    conversation.add_observation([9, 9, 9], " = 36")
+    conversation.add_observation([9, 9, 9])
     assert conversation.next_prompt == [1, 2, 3, 4, 9, 9, 9]
     conversation.add_turn(make_turn([6], logprobs=[-1.0], policy_versions=[6]))
     assert conversation.token_ids == [3, 4, 9, 9, 9, 6]
@@ -147,7 +147,7 @@ def test_observations_are_masked_and_carry_the_version_before_them(make_turn):
 def test_what_is_asked_for_of_each_token_has_an_entry_for_observed_ones_too(make_turn):
     conversation = Conversation(prompt_token_ids=[1])
     conversation.add_turn(make_turn([3], raw_logprobs=[-0.5], kept_mass=[0.5], top_logprobs=[{3: -0.1}]))
-    conversation.add_observation([8, 9], "")
+    conversation.add_observation([8, 9])
     assert conversation.details == {
         "raw_logprobs": [-0.5, 0.0, 0.0],
         "kept_mass": [0.5, 1.0, 1.0],
