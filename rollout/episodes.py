@@ -102,13 +102,19 @@ class EpisodeRunner:
     ) -> list[list[Rollout]]:
         """See `run`."""
         episodes = self._episodes(list(rows), group_ids)
-        limit, drawer = asyncio.Semaphore(self.max_concurrency), TurnDrawer(self.pool, timeout)
+        limit, drawer = asyncio.Semaphore(self.max_concurrency), TurnDrawer(self.pool)
         try:
             with EnvironmentCalls(self.environment_timeout) as calls:
-                async with asyncio.TaskGroup() as tasks:
+                async with asyncio.timeout(timeout), asyncio.TaskGroup() as tasks:
                     playing = [tasks.create_task(self._play(e, limit, drawer, calls)) for e in episodes]
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
+        except TimeoutError:
+            num_unfinished = sum(episode.ended_by is None for episode in episodes)
+            raise TimeoutError(
+                f"{num_unfinished} of {len(episodes)} episodes are unfinished after {timeout} s and are aborted: raise "
+                "timeout, or lower max_turns, max_tokens or environment_timeout"
+            ) from None
         finally:
             drawer.close()
         rollouts = [task.result() for task in playing]

@@ -14,6 +14,7 @@ from engine import SamplingParams
 from rollout.errors import EngineError
 from rollout.handle import PoolHandle
 from rollout.rollout import Rollout
+from rollout.stream import RolloutStream
 
 # Submissions that are waited for at a time, each by a thread. While all of them wait, turns gather for the next one.
 MAX_SUBMISSIONS = 32
@@ -40,14 +41,14 @@ class _PendingTurn:
 class TurnDrawer:
     """Belongs to one event loop. Which turns travel together changes only when they are drawn, never what."""
 
-    def __init__(self, pool: PoolHandle, timeout: float | None) -> None:
+    def __init__(self, pool: PoolHandle) -> None:
         self._pool = pool
-        self._deadline = None if timeout is None else time.monotonic() + timeout
         self._loop = asyncio.get_running_loop()
         self._waiting: list[_PendingTurn] = []
         self._running: dict[str, _PendingTurn] = {}
         self._threads: set[threading.Thread] = set()
         self._is_submitting = False
+        self._is_closed = False
 
     async def draw(self, group_id: str, prompt_token_ids: list[int], params: SamplingParams) -> Rollout:
         """The one sample of a prompt; raises what the pool raises."""
@@ -60,6 +61,7 @@ class TurnDrawer:
 
     def close(self) -> None:
         """Aborts what still runs, and waits a moment for the threads."""
+        self._is_closed = True
         self._waiting.clear()
         for group_id in list(self._running):
             with contextlib.suppress(ValueError, EngineError):  # finished a moment ago, or with its engine
@@ -82,18 +84,23 @@ class TurnDrawer:
         """On a thread of its own: submits, and hands on what comes as it comes."""
         error: BaseException | None = None
         try:
-            stream = self._pool.stream(
-                [turn.prompt_token_ids for turn in turns],
-                [turn.params for turn in turns],
-                group_ids=[turn.group_id for turn in turns],
-                timeout=None if self._deadline is None else max(0.0, self._deadline - time.monotonic()),
-            )
-            self._notify(self._submitted)
-            for [rollout] in stream:
-                self._notify(self._take, rollout)
+            with contextlib.closing(self._open_stream(turns)) as stream:
+                if not self._is_closed:  # else its groups were not to be found yet when the others were aborted
+                    for [rollout] in stream:
+                        self._notify(self._take, rollout)
         except BaseException as raised:  # whoever waits must hear of it
             error = raised
         self._notify(self._ended, threading.current_thread(), turns, error)
+
+    def _open_stream(self, turns: Sequence[_PendingTurn]) -> RolloutStream:
+        try:
+            return self._pool.stream(
+                [turn.prompt_token_ids for turn in turns],
+                [turn.params for turn in turns],
+                group_ids=[turn.group_id for turn in turns],
+            )
+        finally:
+            self._notify(self._submitted)
 
     def _notify(self, function: Callable[..., None], *arguments: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
@@ -111,4 +118,4 @@ class TurnDrawer:
         for turn in turns:
             self._running.pop(turn.group_id, None)
             turn.fail(error or EngineError(f"the pool gave no answer for {turn.group_id!r}"))
-        self._submitted()
+        self._submit()

@@ -356,9 +356,16 @@ def test_a_template_that_cannot_be_cut_ends_the_call_and_text_is_the_way_out(sin
 
 def test_a_call_that_runs_out_of_time_leaves_nothing_running(pool):
     params = SamplingParams(max_tokens=450, ignore_eos=True)
-    with pytest.raises(TimeoutError):
+    with pytest.raises(TimeoutError, match=r"4 of 4 episodes are unfinished after 0\.05 s and are aborted"):
         EpisodeRunner(pool, Echo, params).run(ROWS, timeout=0.05)
     wait_until_idle(pool)
+
+
+def test_the_time_of_a_call_counts_for_environments_too(pool):
+    row, start = {**ROWS[0], "fault": "step hangs"}, time.monotonic()
+    with pytest.raises(TimeoutError, match="1 of 1 episodes"):
+        EpisodeRunner(pool, Fails, SamplingParams(max_tokens=4), environment_timeout=None).run([row], timeout=1.0)
+    assert time.monotonic() - start < 5
 
 
 def test_it_runs_inside_an_event_loop(pool, groups):
