@@ -5,6 +5,7 @@ from __future__ import annotations
 from kernels.logprobs import token_logprobs
 from trainers.advantages import group_advantages
 from trainers.batch import PackedBatch, pack, pack_micro_batches
+from trainers.episodes import episode_metrics, episode_rewards
 from trainers.grpo import GRPOTrainer
 from trainers.grpo_config import GRPOConfig
 from trainers.losses import LossOutput, kl_estimate, kl_loss, policy_loss
@@ -16,6 +17,8 @@ __all__ = [
     "LossOutput",
     "PackedBatch",
     "Policy",
+    "episode_metrics",
+    "episode_rewards",
     "group_advantages",
     "kl_estimate",
     "kl_loss",
