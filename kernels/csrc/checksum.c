@@ -3,6 +3,7 @@
 #include <stdint.h>
 
 #include "pool.h"
+#include "stream.h"
 
 #define LS_DIGEST_PIECE (1 << 18) /* floats hashed by themselves; fixed, so that threads cannot show in the result */
 #define LS_DIGEST_LANES 8
@@ -46,7 +47,7 @@ static void mix_block(digest_state *state, const uint32_t *data, int64_t n) {
 }
 
 static void copy_block(const digest_job *j, int64_t begin, int64_t n) {
-    if (j->copy) memcpy(j->copy + begin, j->data + begin, (size_t)n * sizeof(float));
+    if (j->copy) stream_words(j->copy + begin, j->data + begin, n);
 }
 
 static digest_state begin_piece(void) {
@@ -90,6 +91,7 @@ static void digest_tile(void *argument, int64_t tile) {
     if (end * LS_DIGEST_PIECE <= j->n) digest_full_pieces(j, first);
     else
         for (int64_t piece = first; piece < end && piece * LS_DIGEST_PIECE < j->n; piece++) digest_piece(j, piece);
+    stream_end();
 }
 
 int64_t ls_digest_pieces(int64_t n) { return (n + LS_DIGEST_PIECE - 1) / LS_DIGEST_PIECE; }
