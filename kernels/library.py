@@ -38,7 +38,7 @@ _SIGNATURES = {
     "ls_truncated_sample": (ctypes.c_int, [_P] * 20 + [_I, _I, _I]),
     "ls_replay": (_I, [_P, _I]),
     "ls_digest_pieces": (_I, [_I]),
-    "ls_digest": (None, [_P, _P, _P, _I]),
+    "ls_digest": (None, [_P, _P, _P, _P, _I]),
     "ls_set_num_threads": (ctypes.c_int, [ctypes.c_int]),
     "ls_get_num_threads": (ctypes.c_int, []),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import get_args
 
@@ -10,12 +10,16 @@ import numpy as np
 import ray
 import torch
 
+import kernels
 from engine.llm_engine import MAX_POLICY_VERSION, UpdateMode
 from engine.model import EMBEDDING, LM_HEAD, NamedTensors
 from kernels.checksum import combine_digests, digest_and_scan, tensor_digest
 
 SYNC_MODES = get_args(UpdateMode)
-BUCKET_BYTES = 256 * 2**20
+BUCKET_BYTES = 64 * 2**20  # small enough that engines verify one while the next is read
+
+Room = Callable[[str, tuple[int, ...]], torch.Tensor]
+"""Gives the memory that a weight of this name and shape is to be copied to, contiguous float32 on the CPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,15 +71,17 @@ class WeightSender:
         """Of the weights sent, as an engine computes it over those it holds."""
         return combine_digests(self._digests)
 
-    def buckets(self, named_tensors: NamedTensors) -> Iterator[WeightBucket]:
-        """Reads one bucket at a time.
+    def buckets(self, named_tensors: NamedTensors, room: Room | None = None) -> Iterator[WeightBucket]:
+        """Reads one bucket at a time. With `room` its arrays are copies there, made in the pass that digests them.
 
         Raises ValueError for a tensor that is unknown, given twice, misshapen, not floating point or not finite, as it
         is met, and for missing ones at the end. A tied model's `lm_head.weight` may come too; it is not sent.
         """
+        # a process that computes has set its threads; one that only syncs would use a single one
+        kernels.set_num_threads(max(kernels.get_num_threads(), torch.get_num_threads()))
         arrays: dict[str, np.ndarray] = {}
         num_bytes = 0
-        for name, values in self._read(named_tensors):
+        for name, values in self._read(named_tensors, room):
             if arrays and num_bytes + values.nbytes > self._bucket_bytes:
                 yield self._bucket(arrays)
                 arrays, num_bytes = {}, 0
@@ -87,7 +93,7 @@ class WeightSender:
     def _bucket(self, arrays: dict[str, np.ndarray]) -> WeightBucket:
         return WeightBucket(arrays=arrays, digests={name: self._digests[name] for name in arrays})
 
-    def _read(self, named_tensors: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
+    def _read(self, named_tensors: NamedTensors, room: Room | None) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and checked float32 tensors; their digests are taken on the way."""
         tied_head: bytes | None = None
         for name, tensor in named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors:
@@ -95,7 +101,8 @@ class WeightSender:
                 _, tied_head = _checked(name, tensor, self._shapes[EMBEDDING])
                 continue
             self._check_name(name)
-            values, self._digests[name] = _checked(name, tensor, self._shapes[name])
+            target = room(name, self._shapes[name]) if room else None
+            values, self._digests[name] = _checked(name, tensor, self._shapes[name], target)
             self.num_bytes += values.nbytes
             yield name, values
         self._check_complete()
@@ -118,18 +125,27 @@ class WeightSender:
             raise ValueError(f"{len(missing)} of {len(self._shapes)} weights are missing, such as {missing[0]!r}")
 
 
-def _checked(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, bytes]:
-    """The tensor as contiguous float32 on the CPU, and its digest."""
+def _checked(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], target: torch.Tensor | None = None
+) -> tuple[torch.Tensor, bytes]:
+    """The tensor as contiguous float32 on the CPU, in `target` if there is one, and its digest."""
     if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
         kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise ValueError(f"weight {name!r} must be a floating point tensor, got {kind}")
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"weight {name!r} has shape {tuple(tensor.shape)}, the model's is {tuple(shape)}")
-    values = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
-    digest, has_nonfinite = digest_and_scan(values)
+    values = tensor.detach()
+    if target is not None and not _is_plain(values):
+        values = target.copy_(values)
+    values = values.to(device="cpu", dtype=torch.float32).contiguous()
+    digest, has_nonfinite = digest_and_scan(values, None if values is target else target)
     if has_nonfinite:
         raise ValueError(f"weight {name!r} holds NaN or infinity: the engines keep the weights they have")
-    return values, digest
+    return values if target is None else target, digest
+
+
+def _is_plain(values: torch.Tensor) -> bool:
+    return values.dtype is torch.float32 and values.device.type == "cpu" and values.is_contiguous()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 #include "ops.h"
 #include "pool.h"
 #include "sharing.h"
+#include "stream.h"
 #include "transpose.h"
 
 #define LS_ROUND_TASK 16384 /* elements rounded at once: below it a second thread costs more than it saves */
@@ -85,10 +86,14 @@ static void pack_tile(void *argument, int64_t tile) {
     const pack_job *j = argument;
     pack_part part = find_part(j, tile);
     float *panel = (float *)j->packed + part.place;
+    _Alignas(LS_LINE) float block[LS_PACK_BLOCK * LS_PANEL];
     for (int64_t k = 0; k < j->K; k += LS_PACK_BLOCK) {
+        int64_t n = ls_least(LS_PACK_BLOCK, j->K - k);
         prefetch_rows(j, &part, k);
-        transpose(part.rows + k, j->K, panel + k * LS_PANEL, LS_PANEL, part.num_rows, ls_least(LS_PACK_BLOCK, j->K - k));
+        transpose(part.rows + k, j->K, block, LS_PANEL, part.num_rows, n);
+        for (int64_t i = 0; i < n; i++) stream_words(panel + (k + i) * LS_PANEL, block + i * LS_PANEL, part.num_rows);
     }
+    stream_end();
 }
 
 static void unpack_tile(void *argument, int64_t tile) {
@@ -115,15 +120,18 @@ static uint32_t *first_pair(const pack_job *j, const pack_part *part) { /* stora
 static void pack_bf16_tile(void *argument, int64_t tile) {
     const pack_job *j = argument;
     pack_part part = find_part(j, tile);
-    uint32_t *panel = first_pair(j, &part);
+    uint32_t *panel = first_pair(j, &part), pairs[LS_PANEL];
     float block[LS_PACK_BLOCK][LS_PANEL];
     for (int64_t k = 0; k < j->K; k += LS_PACK_BLOCK) {
         int64_t n = ls_least(LS_PACK_BLOCK, j->K - k);
         prefetch_rows(j, &part, k);
         transpose(part.rows + k, j->K, block[0], LS_PANEL, part.num_rows, n);
-        for (int64_t i = 0; i < n; i += 2)
-            join_pairs(block[i], block[i + 1], panel + (k + i) / 2 * LS_PANEL, part.num_rows);
+        for (int64_t i = 0; i < n; i += 2) {
+            join_pairs(block[i], block[i + 1], pairs, part.num_rows);
+            stream_words(panel + (k + i) / 2 * LS_PANEL, pairs, part.num_rows);
+        }
     }
+    stream_end();
 }
 
 static void unpack_bf16_tile(void *argument, int64_t tile) {

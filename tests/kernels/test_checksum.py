@@ -22,7 +22,7 @@ def test_every_bit_of_every_element_counts():
     assert len(seen) == 1 + 61 * 3
 
 
-@pytest.mark.parametrize("shape", [(0,), (1,), (61,), (8, 12), (PIECE + 11,)])
+@pytest.mark.parametrize("shape", [(0,), (1,), (61,), (8, 12), (PIECE + 11,), (3 * PIECE + 11,)])
 def test_digest_equals_the_reference(shape):
     x = spread(*shape, seed=3)
     assert tensor_digest(x) == reference.tensor_digest(x)
@@ -58,6 +58,16 @@ def test_a_single_non_finite_element_is_found(place, value):
     assert digest_and_scan(x)[1] is True
 
 
+@pytest.mark.parametrize("size", [0, 5, 61, PIECE + 11, 4 * PIECE + 4096 + 3])
+def test_a_copy_on_the_way_has_the_same_bits_and_changes_no_digest(size):
+    x = spread(size, seed=4)
+    copy = torch.full((size + 16,), 7.0)
+    assert digest_and_scan(x, copy_to=copy[8 : 8 + size]) == digest_and_scan(x)
+    assert torch.equal(copy[8 : 8 + size].view(torch.int32), x.view(torch.int32))
+    assert (copy[:8] == 7).all()
+    assert (copy[8 + size :] == 7).all()
+
+
 def test_combined_digest_depends_on_names_not_on_order():
     a, b = tensor_digest(torch.ones(3)), tensor_digest(torch.ones(4))
     assert combine_digests({"x": a, "y": b}) == combine_digests({"y": b, "x": a})
@@ -70,3 +80,5 @@ def test_mistakes_are_named():
         tensor_digest(torch.ones(3).double())
     with pytest.raises(ValueError, match="strides"):
         tensor_digest(torch.ones(3, 4).T)
+    with pytest.raises(ValueError, match="copy_to has shape"):
+        digest_and_scan(torch.ones(3, 4), copy_to=torch.ones(12))
