@@ -19,7 +19,8 @@ from rollout.requests import Partials
 from rollout.router import Assignment, Routed, Router
 from rollout.switch import Switch
 from rollout.sync_report import CommitReport, SyncMode
-from rollout.weight_sync import StoredBucket
+from rollout.weight_parcel import WeightParcel
+from rollout.weight_transport import Route, WeightTransport
 
 # Of engines under one group, which may be what ends them. What an engine's own code raised, it will raise again.
 MAX_LOSSES: dict[Loss, int] = {"died": 5, "failed": 2}
@@ -53,10 +54,10 @@ class PoolStats:
 class PoolCoordinator:
     """Routes groups, knows the policy version, switches all engines to staged weights, and replaces those that fail."""
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSpec, weight_transport: WeightTransport) -> None:
         self._router = Router()
         self._fleet = Fleet(spec, self._catch_up, self._on_serving, self._on_lost)
-        self._switch = Switch(self._fleet, self._router, self._keep)
+        self._switch = Switch(self._fleet, self._router, self._keep, weight_transport)
         self._partials: Partials = {}
         self._losses: dict[str, Counter[Loss]] = {}  # by group: the engines that it has lost
         self._num_redrawn_groups = 0
@@ -90,7 +91,7 @@ class PoolCoordinator:
 
     async def shutdown(self) -> list[Any]:
         self._switch.close()
-        return self._fleet.shutdown()
+        return [*self._fleet.shutdown(), *self._switch.stores.values()]
 
     async def _retire(self, slot: Slot) -> None:
         self._handing_over[slot.engine_id] = asyncio.Event()
@@ -176,11 +177,11 @@ class PoolCoordinator:
     async def policy_version(self) -> int:
         return self._switch.policy_version
 
-    async def begin_sync(self, sync_id: str, policy_version: int, rollback: bool) -> None:
-        await self._switch.begin(sync_id, policy_version, rollback)
+    async def begin_sync(self, sync_id: str, policy_version: int, rollback: bool, sender_node: str) -> Route:
+        return await self._switch.begin(sync_id, policy_version, rollback, sender_node)
 
-    async def stage(self, sync_id: str, bucket: StoredBucket) -> None:
-        await self._switch.stage(sync_id, bucket)
+    async def stage(self, sync_id: str, number: int, node_id: str, parcel: WeightParcel) -> None:
+        await self._switch.stage(sync_id, number, node_id, parcel)
 
     async def commit(self, sync_id: str, mode: SyncMode, checksum: bytes) -> list[CommitReport]:
         return await self._switch.commit(sync_id, mode, checksum)
@@ -192,5 +193,5 @@ class PoolCoordinator:
     async def end_sync(self, sync_id: str) -> None:
         self._switch.end(sync_id)
 
-    async def _catch_up(self, ref: EngineRef) -> bool:
-        return await self._switch.catch_up(ref)
+    async def _catch_up(self, slot: Slot) -> bool:
+        return await self._switch.catch_up(slot)

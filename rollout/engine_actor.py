@@ -21,7 +21,8 @@ from engine.outputs import EngineStats
 from rollout.engine_loop import EngineLoop, Progress
 from rollout.requests import GroupRequest, GroupResult, Partials
 from rollout.sync_report import CommitReport
-from rollout.weight_sync import StagedWeights, StoredBucket, WeightStaging
+from rollout.weight_parcel import WeightParcel
+from rollout.weight_sync import StagedWeights, WeightStaging
 
 # Waiting collects, one for each caller, have threads of their own, so that they never hold up a command; and the
 # supervisor has its own, so that it hears of an engine that keeps everybody else waiting.
@@ -76,9 +77,9 @@ class EngineActor:
     def forget(self, call_id: str) -> None:
         self._loop.forget(call_id)
 
-    def stage_weights(self, sync_id: str, bucket: StoredBucket) -> None:
+    def stage_weights(self, sync_id: str, parcel: WeightParcel) -> None:
         """First phase, beside the running engine: verifies the bucket and holds it."""
-        self._staging.add(sync_id, bucket.open())
+        self._staging.add(sync_id, parcel.open())
 
     def discard_weights(self, sync_id: str) -> None:
         self._staging.discard(sync_id)

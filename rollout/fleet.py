@@ -93,6 +93,11 @@ class Slot:
     watched: set[asyncio.Task] = field(default_factory=set)
 
     @property
+    def node_id(self) -> str:
+        assert self.info is not None, "the engine has not started"
+        return self.info.node_id
+
+    @property
     def ref(self) -> EngineRef:
         return EngineRef(engine_id=self.engine_id, incarnation=self.incarnation, actor=self.actor)
 
@@ -105,7 +110,7 @@ class Fleet:
     def __init__(
         self,
         spec: EngineSpec,
-        catch_up: Callable[[EngineRef], Awaitable[bool]],
+        catch_up: Callable[[Slot], Awaitable[bool]],
         on_serving: Callable[[Slot], None],
         on_lost: Callable[[Slot], None],
     ) -> None:
@@ -197,7 +202,7 @@ class Fleet:
         try:
             start = actor.start.remote(self.spec.config, self.spec.engine_factory)
             slot.info = await asyncio.wait_for(start, self.spec.start_seconds)
-            while not await self._catch_up(slot.ref):
+            while not await self._catch_up(slot):
                 pass
         except TimeoutError as error:
             raise EngineError(

@@ -32,7 +32,8 @@ from rollout.rollout import Rollout
 from rollout.stream import RolloutStream
 from rollout.submission import QUEUED_BATCHES, PendingGroup, Submission
 from rollout.sync_report import SyncMode, SyncReport
-from rollout.weight_sync import StoredBucket, WeightBucket, WeightSender, check_sync_options
+from rollout.weight_sync import WeightSender, check_sync_options
+from rollout.weight_transport import Route, WeightDelivery, deliver
 
 
 class PoolHandle:
@@ -204,17 +205,17 @@ class PoolHandle:
         start = time.perf_counter()
         check_sync_options(policy_version, mode)
         sync_id = uuid.uuid4().hex
-        self._ask("begin_sync", sync_id, policy_version, rollback)
+        here = ray.get_runtime_context().get_node_id()
+        route = self._ask("begin_sync", sync_id, policy_version, rollback, here)
         sender = WeightSender(self.engine_info.weight_shapes)
         try:
-            acknowledgements = self._stage(sync_id, sender.buckets(named_tensors))
+            self._deliver(route, sync_id, sender, named_tensors)
         except BaseException:
             self.coordinator.end_sync.remote(sync_id)
             raise
 
         def switch() -> SyncReport:
             try:
-                self._get(*acknowledgements)
                 commits = self._ask("commit", sync_id, mode, sender.checksum)
             finally:
                 self.coordinator.end_sync.remote(sync_id)
@@ -341,11 +342,16 @@ class PoolHandle:
     def _background(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(1, thread_name_prefix="lockstep-sync")
 
-    def _stage(self, sync_id: str, buckets: Iterator[WeightBucket]) -> list[ray.ObjectRef]:
-        """First phase: hands every bucket over; the answers come once every engine has verified it."""
-        # one copy in shared memory for all engines, which verify it while the next bucket is read
-        stored = (StoredBucket.put(bucket) for bucket in buckets)
-        return [self.coordinator.stage.remote(sync_id, bucket) for bucket in stored]
+    def _deliver(self, route: Route, sync_id: str, sender: WeightSender, named_tensors: NamedTensors) -> None:
+        """First phase: every engine holds all weights and has verified them."""
+        nodes = route.engine_nodes
+        with WeightDelivery(route, sync_id, self.engine_info.weight_shapes) as delivery:
+            deliver(
+                delivery,
+                sender.buckets(named_tensors, delivery.room),
+                nodes,
+                lambda number, i, parcel: self.coordinator.stage.remote(sync_id, number, nodes[i], parcel),
+            )
 
     # --- asking ---
 

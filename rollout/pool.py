@@ -23,6 +23,7 @@ from rollout.fleet import EngineSpec, wait_until_dead
 from rollout.handle import PoolHandle
 from rollout.journal import JournalHeader
 from rollout.journalling import Journalling
+from rollout.weight_transport import TRANSPORTS, WeightTransport
 
 MAX_SEED = 2**64 - 1
 PlacementStrategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
@@ -40,6 +41,8 @@ class RolloutPool(PoolHandle):
             works while they idle.
         placement: how a placement group lays the engines out over nodes; None spreads them where there is room.
         max_staleness, groups_per_version, on_stale: for `submit` and `collect`, see `StalenessLimit`.
+        weight_transport: how `sync_weights` carries weights: "shared_memory" on one node, "broadcast" between nodes,
+            "object_store" anywhere; "auto" takes the best there is.
         start_seconds: in which an engine must be ready.
         journal: a run directory in which every delivered group and every switch of weights is written down, for
             `python -m rollout.replay`. keep_weights_every: versions that it divides are kept there too, the latest
@@ -64,6 +67,7 @@ class RolloutPool(PoolHandle):
         on_stale: OnStale = "drop",
         start_seconds: float = 900.0,
         hang_seconds: float = 300.0,
+        weight_transport: WeightTransport = "auto",
         journal: str | Path | None = None,
         keep_weights_every: int | None = None,
         keep_last: int | None = None,
@@ -71,6 +75,8 @@ class RolloutPool(PoolHandle):
         engine_factory: EngineFactory = LLMEngine,
     ) -> None:
         _check_options(num_engines, seed, engine_cpus, engine_gpus, placement)
+        if weight_transport not in TRANSPORTS:
+            raise ValueError(f"{weight_transport=} must be one of {', '.join(map(repr, TRANSPORTS))}")
         _check_seconds(start_seconds=start_seconds, hang_seconds=hang_seconds)
         if journal is None and not (keep_weights_every is None and keep_last is None):
             raise ValueError(f"{keep_weights_every=} and {keep_last=} need a journal: give its run directory")
@@ -99,7 +105,7 @@ class RolloutPool(PoolHandle):
                 start_seconds=start_seconds,
                 hang_seconds=hang_seconds,
             )
-            self._coordinator = _start_coordinator(spec)
+            self._coordinator = _start_coordinator(spec, weight_transport)
             super().__init__(
                 config=config,
                 seed=seed,
@@ -251,14 +257,14 @@ def _journalling(
     )
 
 
-def _start_coordinator(spec: EngineSpec) -> Any:
+def _start_coordinator(spec: EngineSpec, weight_transport: WeightTransport) -> Any:
     """On the caller's node, whose end is the pool's end in any case."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return PoolCoordinator.options(
         name=f"{spec.pool_name}/coordinator",
         scheduling_strategy=here,
         runtime_env=cluster.actor_env(num_threads=1),
-    ).remote(spec)
+    ).remote(spec, weight_transport)
 
 
 def _end(coordinator: Any) -> None:

@@ -10,7 +10,9 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import ray
 import torch
 
 from rollout.errors import EngineError, is_loss, translate
@@ -21,11 +23,14 @@ from rollout.requests import Partials
 from rollout.router import Router
 from rollout.sync_report import CommitReport, SyncMode
 from rollout.weight_archive import WeightArchive
-from rollout.weight_sync import StoredBucket
+from rollout.weight_parcel import ObjectParcel, WeightParcel, WeightsUnreachableError
+from rollout.weight_store import start_weight_stores
+from rollout.weight_transport import Route, WeightTransport, keep_weights
 
 LEASE_SECONDS = 120.0  # after which a sync that nobody goes on with gives way to the next
 LOST_CALLER_SECONDS = 60.0  # for which a lost engine's groups may fail to go on elsewhere: their caller may be gone too
 
+Bucket = dict[str, WeightParcel]  # one bucket's parcels, by node id
 Life = tuple[int, int]  # engine id and incarnation
 
 
@@ -35,25 +40,30 @@ class _Sync:
 
     sync_id: str
     policy_version: int
-    buckets: list[StoredBucket] = field(default_factory=list)
-    num_staged: dict[Life, int] = field(default_factory=dict)  # buckets that an engine holds
+    buckets: list[Bucket] = field(default_factory=list)
+    staged: dict[Life, set[int]] = field(default_factory=dict)  # numbers of the buckets that an engine holds
     touched: float = field(default_factory=time.monotonic)
     is_committing: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Weights:
     """The weights in force, for engines that come later."""
 
     policy_version: int
-    buckets: list[StoredBucket]
+    sync_id: str
+    buckets: list[Bucket]
 
 
 class Switch:
     """Runs in the coordinator's event loop; one sync at a time, in the order in which they ask."""
 
-    def __init__(self, fleet: Fleet, router: Router, keep: Callable[[Partials], None]) -> None:
-        """keep: takes what an engine had drawn before it acknowledged new weights."""
+    def __init__(
+        self, fleet: Fleet, router: Router, keep: Callable[[Partials], None], transport: WeightTransport
+    ) -> None:
+        """keep: takes what an engine had drawn before it acknowledged new weights. transport: of the weights."""
+        self.stores: dict[str, Any] = {}  # WeightStore actors by node id
+        self._transport: WeightTransport = transport
         self.policy_version = 0  # what engines start with
         self._fleet, self._router, self._keep = fleet, router, keep
         self._weights: _Weights | None = None  # None: those of the model's directory
@@ -67,8 +77,8 @@ class Switch:
         self._lost_groups: set[str] = set()  # that must end under the old weights, wherever they go on
         self._moved_groups: set[str] = set()  # of these, those that go on
 
-    async def begin(self, sync_id: str, policy_version: int, rollback: bool) -> None:
-        """Waits for the sync before it. ValueError unless the version is new."""
+    async def begin(self, sync_id: str, policy_version: int, rollback: bool, sender_node: str) -> Route:
+        """Waits for the sync before it; how its weights are to travel. ValueError unless the version is new."""
         self._check_version(policy_version, rollback)
         async with self._turn:
             while self._sync is not None and not self._is_abandoned(self._sync):
@@ -81,12 +91,22 @@ class Switch:
                 self._discard(self._sync)
             self._check_version(policy_version, rollback)
             self._sync = _Sync(sync_id, policy_version)
+        nodes = tuple(dict.fromkeys(slot.node_id for slot in self._fleet.serving()))
+        missing = {sender_node, *nodes} - self.stores.keys() if self._transport != "object_store" else ()
+        self.stores |= start_weight_stores(sorted(missing))
+        return Route(transport=self._transport, engine_nodes=nodes, stores=dict(self.stores))
 
-    async def stage(self, sync_id: str, bucket: StoredBucket) -> None:
-        """First phase: every serving engine holds the bucket and has verified it."""
+    async def stage(self, sync_id: str, number: int, node_id: str, parcel: WeightParcel) -> None:
+        """First phase: every engine that serves on the node holds the bucket of this number and has verified it.
+
+        Raises WeightsUnreachableError where they cannot open the parcel: another one may be given for it.
+        """
         sync = self._current(sync_id)
-        sync.buckets.append(bucket)
-        await asyncio.gather(*(self._stage_at(slot.ref, sync, len(sync.buckets)) for slot in self._fleet.serving()))
+        while len(sync.buckets) <= number:
+            sync.buckets.append({})
+        sync.buckets[number][node_id] = parcel
+        here = [slot for slot in self._fleet.serving() if slot.node_id == node_id]
+        await asyncio.gather(*(self._stage_at(slot, sync, number) for slot in here))
 
     async def commit(self, sync_id: str, mode: SyncMode, checksum: bytes) -> list[CommitReport]:
         """Second phase; it runs to its end whatever becomes of the caller. Reports of the engines that switched.
@@ -99,10 +119,12 @@ class Switch:
             if mode == "wait":
                 await self._finish_started()
             await self._fleet.wait_for_serving()
-            await asyncio.gather(*(self._stage_at(slot.ref, sync, len(sync.buckets)) for slot in self._fleet.serving()))
-            await asyncio.to_thread(self._write_down, sync, mode, checksum)
+            numbers = range(len(sync.buckets))
+            await asyncio.gather(*(self._stage_at(slot, sync, i) for slot in self._fleet.serving() for i in numbers))
+            await self._write_down(sync, mode, checksum)
             self.policy_version = sync.policy_version
-            self._weights = _Weights(policy_version=sync.policy_version, buckets=sync.buckets)
+            self._weights = _Weights(sync.policy_version, sync_id, sync.buckets)
+            await asyncio.gather(*keep_weights(self.stores, sync_id), return_exceptions=True)
             refs = [slot.ref for slot in self._fleet.serving()]
             engine_mode = "recompute" if mode == "wait" else mode
             reports = await asyncio.gather(*(self._commit_at(ref, sync, engine_mode) for ref in refs))
@@ -117,13 +139,13 @@ class Switch:
             self._discard(self._sync)
             self._fleet.spawn(self._clear(self._sync))
 
-    async def catch_up(self, ref: EngineRef) -> bool:
+    async def catch_up(self, slot: Slot) -> bool:
         """Gives a fresh engine the weights in force; whether they still are when it has them."""
-        weights = self._weights
+        weights, ref = self._weights, slot.ref
         if weights is not None:
-            sync = _Sync(f"catch-up-{weights.policy_version}", weights.policy_version, weights.buckets)
+            sync = _Sync(f"catch-up-{weights.policy_version}", weights.policy_version)
             for bucket in weights.buckets:
-                await ref.actor.stage_weights.remote(sync.sync_id, bucket)
+                await self._hand_over(slot, sync.sync_id, bucket)
             report = await ref.actor.commit_weights.remote(sync.sync_id, weights.policy_version, "recompute")
             self._caught_up[_life(ref)] = report
         return self._weights is weights
@@ -135,14 +157,16 @@ class Switch:
         if self._journal is not None:
             self._journal.close()
 
-    def _write_down(self, sync: _Sync, mode: SyncMode, checksum: bytes) -> None:
+    async def _write_down(self, sync: _Sync, mode: SyncMode, checksum: bytes) -> None:
         """Before the version is in force; so the journal knows every version that ever drew a token."""
-        if self._journal is None:
+        journal, archive, path = self._journal, self._archive, None
+        if journal is None:
             return
-        path = None
-        if self._archive is not None and self._archive.wants(sync.policy_version):
-            path = self._archive.save(sync.policy_version, _tensors(sync.buckets))
-        self._journal.write_switch(sync.policy_version, checksum.hex(), mode, path)
+        if archive is not None and archive.wants(sync.policy_version):
+            here = ray.get_runtime_context().get_node_id()
+            parcels = [await self._parcel_for(here, bucket) for bucket in sync.buckets]
+            path = await asyncio.to_thread(archive.save, sync.policy_version, _tensors(parcels))
+        await asyncio.to_thread(journal.write_switch, sync.policy_version, checksum.hex(), mode, path)
 
     async def _first_caught_up(self) -> CommitReport:
         """No engine lived through the switch: the first of those that come after."""
@@ -207,15 +231,36 @@ class Switch:
 
     # --- one engine ---
 
-    async def _stage_at(self, ref: EngineRef, sync: _Sync, num_buckets: int) -> None:
-        """Gives an engine the buckets that it lacks, which is all of them where it is new."""
+    async def _stage_at(self, slot: Slot, sync: _Sync, number: int) -> None:
+        """Gives an engine a bucket, if it has not got it: one that is new lacks all of them."""
+        ref = slot.ref
+        staged = sync.staged.setdefault(_life(ref), set())
+        if number in staged:
+            return
+        staged.add(number)
         try:
-            while (num_staged := sync.num_staged.get(_life(ref), 0)) < num_buckets:
-                sync.num_staged[_life(ref)] = num_staged + 1
-                await ref.actor.stage_weights.remote(sync.sync_id, sync.buckets[num_staged])
-                sync.touched = time.monotonic()
+            await self._hand_over(slot, sync.sync_id, sync.buckets[number])
+            sync.touched = time.monotonic()
         except Exception as error:
+            staged.discard(number)
+            if isinstance(getattr(error, "cause", None), WeightsUnreachableError):
+                raise WeightsUnreachableError(f"{ref}: {error.cause}") from error
             self._lose_or_raise(ref, error)
+
+    async def _hand_over(self, slot: Slot, sync_id: str, bucket: Bucket) -> None:
+        parcel = await self._parcel_for(slot.node_id, bucket)
+        await slot.actor.stage_weights.remote(sync_id, parcel)
+
+    async def _parcel_for(self, node_id: str, bucket: Bucket) -> WeightParcel:
+        """One that the node can open. For a node that had no engine when the bucket was sent, another one's store makes
+        it."""
+        parcels = list(bucket.values())
+        if node_id not in bucket:
+            anywhere = next((parcel for parcel in parcels if isinstance(parcel, ObjectParcel)), None)
+            if anywhere is None:
+                [anywhere] = await self.stores[next(iter(bucket))].export.remote(parcels[:1])
+            bucket[node_id] = anywhere
+        return bucket[node_id]
 
     async def _commit_at(self, ref: EngineRef, sync: _Sync, mode: SyncMode) -> CommitReport | None:
         try:
@@ -254,6 +299,8 @@ class Switch:
     def _discard(self, sync: _Sync) -> None:
         for slot in self._fleet.serving():
             slot.actor.discard_weights.remote(sync.sync_id)
+        for store in self.stores.values():
+            store.discard.remote(sync.sync_id)
 
     async def _clear(self, sync: _Sync) -> None:
         async with self._turn:
@@ -262,9 +309,9 @@ class Switch:
             self._turn.notify_all()
 
 
-def _tensors(buckets: Iterable[StoredBucket]) -> Iterator[tuple[str, torch.Tensor]]:
-    for bucket in buckets:
-        for name, array in bucket.open().arrays.items():
+def _tensors(parcels: Iterable[WeightParcel]) -> Iterator[tuple[str, torch.Tensor]]:
+    for parcel in parcels:
+        for name, array in parcel.open().arrays.items():
             yield name, torch.from_numpy(array)
 
 

@@ -194,47 +194,44 @@ class WeightDelivery:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sent:
     parcels: Mapping[str, WeightParcel]  # one bucket's, by node id
-    staged: list[tuple[int, ray.ObjectRef]]  # (engine index, its acknowledgement)
+    staged: list[ray.ObjectRef]  # acknowledgements, by receiver
 
 
 def deliver(
     delivery: WeightDelivery,
     buckets: Iterator[WeightBucket],
-    engine_nodes: Sequence[str],
-    stage: Callable[[int, WeightParcel], ray.ObjectRef],
+    nodes: Sequence[str],
+    stage: Callable[[int, int, WeightParcel], ray.ObjectRef],
 ) -> dict[str, list[WeightParcel]]:
-    """First phase of a sync: every engine holds all buckets and has verified them. Parcels by node id, to be kept.
+    """First phase of a sync: all buckets are held and verified at every receiver. Parcels by node id.
 
-    stage(engine index, parcel) hands a parcel to an engine and returns the acknowledgement to come: engines verify one
-    bucket while the next is read. Raises what `buckets` raises, EngineError that names the engine, or its subclass
-    WeightTransportError.
+    nodes: where the receivers are, each an engine or all engines of a node. stage(bucket number, receiver, parcel)
+    hands a parcel over and returns the acknowledgement to come: one bucket is verified while the next is read. Raises
+    what `buckets` raises, EngineError, or its subclass WeightTransportError.
     """
     sent: list[_Sent] = []
-    for bucket in buckets:
+    for number, bucket in enumerate(buckets):
         parcels = delivery.send(bucket)
-        sent.append(_Sent(parcels=parcels, staged=[(i, stage(i, parcels[n])) for i, n in enumerate(engine_nodes)]))
-    for one in sent:
-        for i, acknowledgement in one.staged:
-            _acknowledge(delivery, one.parcels, i, acknowledgement, stage)
-    return {node_id: [one.parcels[node_id] for one in sent] for node_id in dict.fromkeys(engine_nodes)}
+        sent.append(_Sent(parcels=parcels, staged=[stage(number, i, parcels[node]) for i, node in enumerate(nodes)]))
+    for number, one in enumerate(sent):
+        for i, acknowledgement in enumerate(one.staged):
+            try:
+                _acknowledge(acknowledgement)
+            except WeightsUnreachableError as error:
+                again = delivery.send_again(one.parcels, f"receiver {i} (node {nodes[i][:8]}): {error}")
+                _acknowledge(stage(number, i, again))
+    return {node_id: [one.parcels[node_id] for one in sent] for node_id in dict.fromkeys(nodes)}
 
 
-def _acknowledge(
-    delivery: WeightDelivery,
-    parcels: Mapping[str, WeightParcel],
-    engine_index: int,
-    acknowledgement: ray.ObjectRef,
-    stage: Callable[[int, WeightParcel], ray.ObjectRef],
-) -> None:
+def _acknowledge(acknowledgement: ray.ObjectRef) -> None:
     try:
-        try:
-            ray.get(acknowledgement)
-        except RayTaskError as error:
-            if not isinstance(error.cause, WeightsUnreachableError):
-                raise
-            ray.get(stage(engine_index, delivery.send_again(parcels, f"engine {engine_index}: {error.cause}")))
+        ray.get(acknowledgement)
+    except RayTaskError as error:
+        if isinstance(error.cause, WeightsUnreachableError):
+            raise WeightsUnreachableError(str(error.cause)) from error
+        raise translate("a receiver of weights", error) from error
     except RayError as error:
-        raise translate(f"engine {engine_index}", error) from error
+        raise translate("a receiver of weights", error) from error
 
 
 def keep_weights(stores: Mapping[str, Any], sync_id: str) -> list[ray.ObjectRef]:
