@@ -19,7 +19,7 @@ from rollout import EngineConfig, Rollout, RolloutPool, SamplingParams
 from trainers.advantages import group_advantages, has_spread, shuffle_rewards
 from trainers.grpo_config import GRPOConfig
 from trainers.metrics import PhaseTimer, response_metrics, reward_metrics
-from trainers.reward_calls import RewardFunction, function_names
+from trainers.reward_calls import RewardFunction, require_columns
 from trainers.rewards import Rewards, RewardScorer
 from trainers.trainer_actor import start_trainer_actor
 
@@ -62,8 +62,8 @@ class GRPOTrainer:
     ) -> None:
         self.config, self.engine_config = config, engine_config
         self.reward_functions = [reward_functions] if callable(reward_functions) else list(reward_functions)
-        function_names(self.reward_functions)
         self.rows = _checked_rows(rows)
+        require_columns(self.reward_functions, {name for row in self.rows for name in row if name != "prompt"})
         self.eval_rows = eval_rows or ()
         self.right_completions = [_right_completions(row, config.answer_template) for row in self.eval_rows]
         self.callbacks, self.on_phase = tuple(callbacks), on_phase

@@ -9,12 +9,14 @@ import asyncio
 import inspect
 import math
 import traceback
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 """f(prompts, completions, **columns) -> a reward for each completion, None for one that can't be judged (as TRL's)."""
+
+_NAMED = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 
 Failure = Literal["failed", "timed_out"]
 
@@ -123,6 +125,19 @@ def function_names(functions: Sequence[RewardFunction]) -> list[str]:
     if len(set(names)) < len(names):
         raise ValueError(f"reward functions {names} must have different names: set __name__ on one of them")
     return names
+
+
+def require_columns(functions: Sequence[RewardFunction], columns: Iterable[str]) -> None:
+    """ValueError where a function has to have a parameter that the data set gives no value for."""
+    given = {"prompts", "completions", "completion_ids", *columns}
+    for function, name in zip(functions, function_names(functions)):
+        needed = {
+            parameter.name
+            for parameter in inspect.signature(function).parameters.values()
+            if parameter.default is parameter.empty and parameter.kind in _NAMED
+        }
+        if not needed <= given:
+            raise ValueError(f"reward function {name} takes {sorted(needed - given)}; there are {sorted(given)}")
 
 
 def is_coroutine_function(function: RewardFunction) -> bool:

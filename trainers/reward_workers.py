@@ -27,6 +27,7 @@ from trainers.reward_calls import Answer, Call, RewardFunction, function_names, 
 START_SECONDS = 120.0  # a process imports the functions' modules first; that isn't charged to a call
 GRACE_SECONDS = 1.0  # coroutines that run out of time are cancelled inside the process; only then is it killed
 
+_CLOSED = "the reward processes were closed before the call had an answer"
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
     "from trainers.reward_process import serve; serve(int(sys.argv[1]))"
@@ -40,7 +41,7 @@ class RewardWorkers:
         """timeout: seconds that a call may take. ValueError where a function can't be pickled. The processes start at
         once, and need not be waited for."""
         self.functions, self.timeout = _pickled(functions), timeout
-        self.is_coroutine_function = [is_coroutine_function(function) for function in functions]
+        self.is_concurrent = [is_coroutine_function(function) for function in functions]
         self.is_closed = False
         self._queue: deque[_Entry] = deque()
         self._condition = threading.Condition()
@@ -49,10 +50,10 @@ class RewardWorkers:
             worker.thread.start()
 
     def submit(self, call: Call) -> Future[Answer]:
-        entry = _Entry(call=call, is_concurrent=self.is_coroutine_function[call.function_index])
+        entry = _Entry(call=call, is_concurrent=self.is_concurrent[call.function_index])
         with self._condition:
             if self.is_closed:
-                raise RuntimeError("the reward processes have been closed")
+                raise RuntimeError(_CLOSED)
             self._queue.append(entry)
             self._condition.notify()
         return entry.future
@@ -105,7 +106,7 @@ class _Worker:
         self.lock = threading.Lock()  # over self.process: close() kills from another thread
 
     def run(self) -> None:
-        with suppress(RuntimeError):  # a start that fails is tried again by the first call, which then says why
+        with suppress(RuntimeError, OSError):  # the first call tries again, and says why it fails
             self._ready_process()
         while entries := self.pool.take():
             try:
@@ -124,8 +125,8 @@ class _Worker:
                 self.process.kill()
 
     def _ask_together(self, calls: Sequence[Call]) -> tuple[list[Answer], bool]:
-        request = cloudpickle.dumps((list(calls), self.pool.timeout))
-        is_concurrent = any(self.pool.is_coroutine_function[call.function_index] for call in calls)
+        request = _pickled_request(calls, self.pool.timeout)
+        is_concurrent = any(self.pool.is_concurrent[call.function_index] for call in calls)
         process = self._ready_process()
         try:
             return process.ask(request, self.pool.timeout + (GRACE_SECONDS if is_concurrent else 0.0)), False
@@ -134,6 +135,8 @@ class _Worker:
             loss = ("timed_out", "time-out", f"no reward within {self.pool.timeout:g} s; its process was killed")
         except (EOFError, OSError):
             loss = ("failed", "death", f"its process died with exit code {self._end_process()}")
+        if self.pool.is_closed:
+            raise RuntimeError(_CLOSED)
         return [Answer.lost(call.num_samples, *loss) for call in calls], True
 
     def _ready_process(self) -> _Process:
@@ -142,7 +145,7 @@ class _Worker:
             self._end_process()
         with self.lock:
             if self.pool.is_closed:
-                raise RuntimeError("the reward processes were closed before the call had an answer")
+                raise RuntimeError(_CLOSED)
             self.process = self.process or _Process()
         try:
             self.process.load(self.pool.functions)
@@ -213,6 +216,16 @@ class _Process:
         self.kill()
         self.connection.close()
         return self.popen.wait()
+
+
+def _pickled_request(calls: Sequence[Call], timeout: float) -> bytes:
+    try:
+        return cloudpickle.dumps((list(calls), timeout))
+    except Exception as error:
+        raise ValueError(
+            f"the columns {sorted(calls[0].arguments)} of a row can't be sent to a reward process ({error}); give rows "
+            "plain values, or set reward_processes=0"
+        ) from error
 
 
 def _pickled(functions: Sequence[RewardFunction]) -> bytes:

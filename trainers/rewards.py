@@ -34,10 +34,11 @@ class RewardScorer:
     """Scores groups of samples with reward functions, in processes of their own or, with num_processes=0, in this one.
 
     A function is called with the samples of one prompt: one entry per sample in every list, prompts, completions
-    (text; for chat prompts a list with the assistant's message) and the row's columns, of which it gets those that its
-    signature takes. A call that raises, overruns `timeout` seconds, kills its process or gives a wrong number of
-    rewards is made once more for each of its samples alone, so that the rest of the group keeps its rewards. Where
-    a function compares the samples of a group, set `compares_samples = True` on it: it then never sees a part of one.
+    (text; for chat prompts a list with the assistant's message), completion_ids and the row's columns, of which it
+    gets those that its signature takes. A call that raises, overruns `timeout` seconds, kills its process or gives
+    a wrong number of rewards is made once more for each of its samples alone, so that the rest of the group keeps its
+    rewards. Where a function compares the samples of a group, set `compares_samples = True` on it: it then never sees
+    a part of one.
 
     In a process, a call that overruns is killed. In this process only coroutine functions can be ended, and only
     where they wait.
@@ -140,6 +141,7 @@ def _arguments(row: Mapping[str, Any], group: Sequence[Rollout]) -> dict[str, li
     return {
         "prompts": [prompt] * size,
         "completions": [_completion(prompt, rollout) for rollout in group],
+        "completion_ids": [list(rollout.token_ids) for rollout in group],
         **{name: [value] * size for name, value in row.items() if name != "prompt"},
     }
 
