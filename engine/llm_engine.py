@@ -222,6 +222,14 @@ class LLMEngine:
         ended = {completion.request_id for completion in self._undelivered.finished} - self.scheduler.unfinished_ids()
         return self.scheduler.abort(set(request_ids) - ended)
 
+    def partial_completions(self) -> list[Completion]:
+        """What unfinished requests have drawn so far, finish_reason "abort": `add_request(resume=)` goes on from them.
+
+        Samples without a token are left out, and so is the text. The requests themselves go on here.
+        """
+        self._drain()
+        return self.scheduler.partial_completions()
+
     def update_weights(
         self,
         named_tensors: NamedTensors,

@@ -231,15 +231,24 @@ class Request:
     def to_completion(self, end: float) -> Completion:
         """The finished sample as the caller sees it; `end` is when it finished, by `time.monotonic`."""
         assert self.finish_reason is not None, f"request {self.request_id!r} is not finished"
+        return self._completion(end, self.finish_reason, self._text())
+
+    def to_partial(self, now: float) -> Completion:
+        """A copy of what an unfinished sample has so far, to go on from elsewhere; its text is left out."""
+        partial = self._completion(now, "abort", text="")
+        partial.logprobs, partial.policy_versions = self.logprobs.copy(), self.policy_versions.copy()
+        return partial
+
+    def _completion(self, end: float, finish_reason: FinishReason, text: str) -> Completion:
         return Completion(
             request_id=self.request_id,
             index=self.index,
             token_ids=self.output_token_ids,
             logprobs=self.logprobs,
             policy_versions=self.policy_versions,
-            finish_reason=self.finish_reason,
+            finish_reason=finish_reason,
             stop_reason=self.stop_reason,
-            text=self._text(),
+            text=text,
             is_exact=self.is_exact,
             prompt_logprobs=None if self.prompt_logprobs is None else self.prompt_logprobs.copy(),
             timing=self.stamps.timing(end, self.num_output_tokens),

@@ -144,6 +144,12 @@ class Scheduler:
         self.request_totals.add(completions)
         return completions
 
+    def partial_completions(self) -> list[Completion]:
+        """What the unfinished samples have so far, those without a token left out, in order of arrival."""
+        now = monotonic()
+        samples = [sample for samples in self._unfinished.values() for sample in samples if sample.num_output_tokens]
+        return [sample.to_partial(now) for sample in samples]
+
     def set_weights(self, checksum: bytes, mode: Literal["recompute", "keep"]) -> int:
         """New weights are in place. Returns how many stored tokens of running requests were dropped.
 

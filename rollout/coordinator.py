@@ -1,60 +1,196 @@
-"""PoolCoordinator: the small Ray actor that holds what all handles of a pool share."""
+"""PoolCoordinator: the small Ray actor that holds what all handles of a pool share, and keeps its engines alive."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 
-from rollout.errors import translate
-from rollout.router import Assignment, Router
+from engine.outputs import EngineStats
+from rollout.engine_actor import EngineInfo
+from rollout.errors import EngineError, Loss, is_loss, translate
+from rollout.fleet import EngineRef, EngineSpec, Fault, Fleet, Slot
+from rollout.journalling import Journalling
+from rollout.requests import Partials
+from rollout.router import Assignment, Routed, Router
+from rollout.switch import Switch
 from rollout.sync_report import CommitReport, SyncMode
+from rollout.weight_sync import StoredBucket
+
+# Of engines under one group, which may be what ends them. What an engine's own code raised, it will raise again.
+MAX_LOSSES: dict[Loss, int] = {"died": 5, "failed": 2}
+MAX_FAULTS = 100  # the latest, in `PoolStats`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where groups run, and what was drawn for them before."""
+
+    assignments: list[Assignment]
+    engines: dict[int, EngineRef]  # by engine id, those of the assignments
+    num_engines: int  # that serve
+    partials: Partials = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolStats:
+    """A pool at one moment; counters are since it was built."""
+
+    engines: tuple[EngineStats, ...]  # of those that serve, by engine id
+    num_engines_starting: int
+    num_groups_running: int  # reserved or placed, by all handles
+    policy_version: int
+    num_restarts: int  # of engines that died or hung
+    num_redrawn_groups: int  # that were placed anew after one
+    faults: tuple[Fault, ...]  # the latest
 
 
 @ray.remote(num_cpus=0)
 class PoolCoordinator:
-    """Routes groups, knows the policy version, and switches all engines to a staged one, one switch at a time."""
+    """Routes groups, knows the policy version, switches all engines to staged weights, and replaces those that fail."""
 
-    def __init__(self, engines: Sequence[Any]) -> None:
-        self._engines = list(engines)
-        self._router = Router(len(self._engines))
-        self._policy_version = 0  # what engines start with
-        self._switching = asyncio.Lock()
+    def __init__(self, spec: EngineSpec) -> None:
+        self._router = Router()
+        self._fleet = Fleet(spec, self._catch_up, self._on_serving, self._on_lost)
+        self._switch = Switch(self._fleet, self._router, self._keep)
+        self._partials: Partials = {}
+        self._losses: dict[str, Counter[Loss]] = {}  # by group: the engines that it has lost
+        self._num_redrawn_groups = 0
+        self._handing_over: dict[int, asyncio.Event] = {}  # engines that retire
 
-    async def assign(self, groups: Sequence[tuple[str | None, int]]) -> list[Assignment]:
-        return self._router.assign(groups)
+    # --- engines ---
+
+    async def scale(self, num_engines: int) -> list[EngineInfo]:
+        """Starts or ends engines; the groups of those that end go on elsewhere. What the serving engines say."""
+        for slot in reversed(await self._fleet.scale(num_engines)):
+            await self._retire(slot)
+        return await self.engine_infos()
+
+    async def engines(self) -> list[EngineRef]:
+        return [slot.ref for slot in self._fleet.serving()]
+
+    async def engine_infos(self) -> list[EngineInfo]:
+        return [slot.info for slot in self._fleet.serving() if slot.info is not None]
+
+    async def stats(self) -> PoolStats:
+        engines = await asyncio.gather(*(self._ask(slot.ref, "stats") for slot in self._fleet.serving()))
+        return PoolStats(
+            engines=tuple(stats for stats in engines if stats is not None),
+            num_engines_starting=sum(slot.state == "starting" for slot in self._fleet.slots.values()),
+            num_groups_running=self._router.num_groups,
+            policy_version=self._switch.policy_version,
+            num_restarts=self._fleet.num_restarts,
+            num_redrawn_groups=self._num_redrawn_groups,
+            faults=tuple(self._fleet.faults[-MAX_FAULTS:]),
+        )
+
+    async def shutdown(self) -> list[Any]:
+        self._switch.close()
+        return self._fleet.shutdown()
+
+    async def _retire(self, slot: Slot) -> None:
+        self._handing_over[slot.engine_id] = asyncio.Event()
+        self._fleet.retire(slot)
+        partials = await self._ask(slot.ref, "retire")
+        self._keep(partials or {})
+        self._handing_over.pop(slot.engine_id).set()
+        self._fleet.remove(slot)
+
+    async def _ask(self, ref: EngineRef, method: str, *args: Any) -> Any:
+        """The engine's answer; None where it is lost, which the fleet then knows."""
+        try:
+            return await getattr(ref.actor, method).remote(*args)
+        except Exception as error:
+            if not is_loss(error):
+                raise translate(str(ref), error) from error
+            self._fleet.lose(ref.engine_id, ref.incarnation, str(translate(str(ref), error)))
+            return None
+
+    def _on_serving(self, slot: Slot) -> None:
+        self._router.add_engine(slot.engine_id)
+
+    def _on_lost(self, slot: Slot) -> None:
+        self._switch.note_lost(self._router.remove_engine(slot.engine_id))
+
+    # --- groups ---
+
+    async def reserve(self, group_ids: Sequence[str | None]) -> list[str]:
+        return self._router.reserve(group_ids)
+
+    async def assign(self, groups: Sequence[Routed]) -> Placement:
+        await self._fleet.wait_for_serving()
+        return self._placement(self._router.assign(groups))
 
     async def release(self, group_ids: Sequence[str]) -> None:
         self._router.release(group_ids)
+        for group_id in group_ids:
+            self._partials.pop(group_id, None)
+            self._losses.pop(group_id, None)
+        self._switch.note_released(group_ids)
 
-    async def locate(self, group_ids: Sequence[str]) -> dict[int, list[str]]:
-        return self._router.locate(group_ids)
+    async def recover(self, ref: EngineRef, loss: Loss, cause: str, group_ids: Sequence[str]) -> Placement:
+        """Where groups go on whose engine a caller has lost, and what they go on from.
+
+        Raises EngineError for a group that has lost too many engines, and where no engine is left.
+        """
+        self._fleet.lose(ref.engine_id, ref.incarnation, cause)
+        if ref.engine_id in self._handing_over:
+            await self._handing_over[ref.engine_id].wait()
+        for group_id in group_ids:
+            losses = self._losses.setdefault(group_id, Counter())
+            losses[loss] += 1
+            if loss in MAX_LOSSES and losses[loss] >= MAX_LOSSES[loss]:
+                raise EngineError(f"{cause}; that was engine number {losses[loss]} under group {group_id!r}: given up")
+        await self._fleet.wait_for_serving(besides=self._switch.finishing_engines)
+        assignments = self._router.move(group_ids, avoid=self._switch.finishing_engines())
+        self._num_redrawn_groups += len(assignments)
+        self._switch.note_moved([assignment.group_id for assignment in assignments])
+        return self._placement(assignments)
+
+    async def abort(self, group_ids: Sequence[str]) -> None:
+        """Ends running groups with what they have; ValueError for ids that are not running."""
+        by_engine = self._router.locate(group_ids)
+        refs = {slot.engine_id: slot.ref for slot in self._fleet.serving()}
+        await asyncio.gather(*(self._ask(refs[i], "abort", ids) for i, ids in by_engine.items() if i in refs))
+
+    def _placement(self, assignments: list[Assignment]) -> Placement:
+        used = {assignment.engine_id for assignment in assignments}
+        partials = {a.group_id: self._partials[a.group_id] for a in assignments if a.group_id in self._partials}
+        return Placement(
+            assignments=assignments,
+            engines={i: self._fleet.slots[i].ref for i in used},
+            num_engines=len(self._fleet.serving()),
+            partials=partials,
+        )
+
+    def _keep(self, partials: Partials) -> None:
+        """What an engine has handed over, for groups that are still wanted."""
+        self._partials |= {name: drawn for name, drawn in partials.items() if self._router.is_running(name)}
+
+    # --- weights ---
 
     async def policy_version(self) -> int:
-        return self._policy_version
+        return self._switch.policy_version
 
-    async def check_policy_version(self, policy_version: int) -> None:
-        """ValueError unless it comes after the current one."""
-        if policy_version <= self._policy_version:
-            raise ValueError(
-                f"policy_version={policy_version} must be greater than the engines' {self._policy_version}: "
-                "every sync needs a new version"
-            )
+    async def begin_sync(self, sync_id: str, policy_version: int, rollback: bool) -> None:
+        await self._switch.begin(sync_id, policy_version, rollback)
 
-    async def commit(self, sync_id: str, policy_version: int, mode: SyncMode) -> list[CommitReport | Exception]:
-        """Switches every engine to the weights staged under `sync_id`; each engine's report, or what it raised.
+    async def stage(self, sync_id: str, bucket: StoredBucket) -> None:
+        await self._switch.stage(sync_id, bucket)
 
-        Runs here, not at the caller, so that a caller which dies half way cannot leave some engines behind.
-        """
-        async with self._switching:
-            await self.check_policy_version(policy_version)
-            commits = [engine.commit_weights.remote(sync_id, policy_version, mode) for engine in self._engines]
-            reports = await asyncio.gather(*commits, return_exceptions=True)
-            if any(isinstance(report, CommitReport) for report in reports):
-                self._policy_version = policy_version
-            return [
-                report if isinstance(report, CommitReport) else translate(f"engine {i}", report)
-                for i, report in enumerate(reports)
-            ]
+    async def commit(self, sync_id: str, mode: SyncMode, checksum: bytes) -> list[CommitReport]:
+        return await self._switch.commit(sync_id, mode, checksum)
+
+    async def keep_journal(self, journalling: Journalling) -> None:
+        """From now on switches are written down."""
+        self._switch.keep_journal(journalling)
+
+    async def end_sync(self, sync_id: str) -> None:
+        self._switch.end(sync_id)
+
+    async def _catch_up(self, ref: EngineRef) -> bool:
+        return await self._switch.catch_up(ref)

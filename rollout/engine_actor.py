@@ -16,15 +16,18 @@ import torch
 
 import kernels
 from engine import EngineConfig
+from engine.llm_engine import UpdateMode
 from engine.outputs import EngineStats
-from rollout.engine_loop import EngineLoop
-from rollout.requests import GroupRequest, GroupResult
-from rollout.sync_report import CommitReport, SyncMode
-from rollout.weight_sync import StagedWeights, WeightBucket, WeightStaging
+from rollout.engine_loop import EngineLoop, Progress
+from rollout.requests import GroupRequest, GroupResult, Partials
+from rollout.sync_report import CommitReport
+from rollout.weight_sync import StagedWeights, StoredBucket, WeightStaging
 
-# Waiting collects, one for each caller, have threads of their own, so that they never hold up a command.
+# Waiting collects, one for each caller, have threads of their own, so that they never hold up a command; and the
+# supervisor has its own, so that it hears of an engine that keeps everybody else waiting.
 MAX_WAITING_CALLERS = 64
 MAX_COMMANDS = 8
+CONCURRENCY = {"collect": MAX_WAITING_CALLERS, "supervise": 2}
 
 EngineFactory = Callable[[EngineConfig], Any]
 
@@ -38,10 +41,11 @@ class EngineInfo:
     num_threads: int  # of the kernels, as they report it
     max_model_len: int
     kernel_fingerprint: str
+    weights_checksum: bytes  # of the weights that it started with
     weight_shapes: dict[str, tuple[int, ...]]  # by Hugging Face name, all that a sync must bring
 
 
-@ray.remote(num_cpus=0, max_concurrency=MAX_COMMANDS, concurrency_groups={"collect": MAX_WAITING_CALLERS})
+@ray.remote(num_cpus=0, max_concurrency=MAX_COMMANDS, concurrency_groups=CONCURRENCY)
 class EngineActor:
     """Every method may be called while the engine steps; errors reach the caller with their cause."""
 
@@ -72,38 +76,54 @@ class EngineActor:
     def forget(self, call_id: str) -> None:
         self._loop.forget(call_id)
 
-    def stage_weights(self, sync_id: str, bucket: WeightBucket) -> None:
+    def stage_weights(self, sync_id: str, bucket: StoredBucket) -> None:
         """First phase, beside the running engine: verifies the bucket and holds it."""
-        self._staging.add(sync_id, bucket)
+        self._staging.add(sync_id, bucket.open())
 
     def discard_weights(self, sync_id: str) -> None:
         self._staging.discard(sync_id)
 
-    def commit_weights(self, sync_id: str, policy_version: int, mode: SyncMode) -> CommitReport:
-        """Second phase, between two steps: copies what was staged into the engine's storage."""
-        staged = self._staging.take(sync_id)
-        if mode == "wait":
-            return self._commit_when_finished(staged, policy_version)
-        return self._loop.run(lambda engine: _update_weights(engine, staged, policy_version, mode))
+    def finish_started(self) -> None:
+        """Lets the requests that have begun run to their end and begins no other, until weights are committed or
+        `resume` is called. The loop goes on serving other commands."""
+        self._loop.run(lambda engine: engine.pause("wait"), "pause")
+        while self._loop.run(lambda engine: engine.can_step(), "finish_started"):
+            pass  # answered after every step
 
-    def _commit_when_finished(self, staged: StagedWeights, policy_version: int) -> CommitReport:
-        """Requests that have begun end first, while the loop goes on serving other commands."""
-        self._loop.run(lambda engine: engine.pause("wait"))
-        try:
-            while self._loop.run(lambda engine: engine.can_step()):
-                pass  # answered after every step
-            return self._loop.run(lambda engine: _update_weights(engine, staged, policy_version, "recompute"))
-        finally:
-            self._loop.run(lambda engine: engine.resume())
+    def resume(self) -> None:
+        self._loop.run(_resume, "resume")
+
+    def commit_weights(self, sync_id: str, policy_version: int, mode: UpdateMode) -> CommitReport:
+        """Second phase, between two steps: copies what was staged into the engine's storage.
+
+        What was drawn until then goes into the report, so that nothing is lost if the engine dies later.
+        """
+        staged = self._staging.take(sync_id)
+        return self._loop.run(
+            lambda engine: _update_weights(engine, self._loop, staged, policy_version, mode), "commit_weights"
+        )
+
+    @ray.method(concurrency_group="supervise")
+    def wait_until_stopped(self) -> None:
+        """Raises, with the cause, once the engine is no longer stepped."""
+        self._loop.wait_until_stopped()
+
+    @ray.method(concurrency_group="supervise")
+    def progress(self) -> Progress:
+        return self._loop.progress()
+
+    def retire(self) -> Partials:
+        """Stops the engine for good; what was drawn for groups that nobody has collected."""
+        return self._loop.retire()
 
     def stats(self) -> EngineStats:
-        return self._loop.run(lambda engine: engine.stats())
+        return self._loop.run(lambda engine: engine.stats(), "stats")
 
     def write_trace(self) -> Path:
-        return self._loop.run(lambda engine: engine.write_trace())
+        return self._loop.run(lambda engine: engine.write_trace(), "write_trace")
 
     def check_integrity(self) -> None:
-        self._loop.run(lambda engine: engine.check_integrity())
+        self._loop.run(lambda engine: engine.check_integrity(), "check_integrity")
 
 
 def _build_on_this_thread(config: EngineConfig, build_engine: EngineFactory) -> Any:
@@ -119,16 +139,27 @@ def _describe(engine: Any) -> EngineInfo:
         num_threads=kernels.get_num_threads(),
         max_model_len=engine.max_model_len,
         kernel_fingerprint=engine.kernel_fingerprint,
+        weights_checksum=engine.weights_checksum,
         weight_shapes=engine.weight_shapes(),
     )
 
 
-def _update_weights(engine: Any, staged: StagedWeights, policy_version: int, mode: SyncMode) -> CommitReport:
+def _resume(engine: Any) -> None:
+    if engine.is_paused:
+        engine.resume()
+
+
+def _update_weights(
+    engine: Any, loop: EngineLoop, staged: StagedWeights, policy_version: int, mode: UpdateMode
+) -> CommitReport:
     start = time.perf_counter()
     update = engine.update_weights(staged.tensors, policy_version, mode, staged.digests)
+    pause_seconds = time.perf_counter() - start
+    _resume(engine)
     return CommitReport(
         policy_version=engine.policy_version,
         checksum=update.checksum,
-        pause_seconds=time.perf_counter() - start,
+        pause_seconds=pause_seconds,
         num_recomputed_tokens=update.num_recomputed_tokens,
+        partials=loop.partials(engine),
     )

@@ -1,32 +1,38 @@
-"""PoolHandle: generate, abort and sync from any process of the cluster; the pool itself works through one."""
+"""PoolHandle: generate, submit, abort and sync from any process of the cluster; the pool itself works through one."""
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 from ray.exceptions import RayError
 
 from engine import EngineConfig, SamplingParams
 from engine.checkpoint import resolve_model
 from engine.model import NamedTensors
-from engine.outputs import EngineStats
 from engine.prompts import as_prompts, per_prompt_params
 from engine.tokenizer import Prompt, load_tokenizer
 from rollout import requests
+from rollout.buffer import BufferStats, RolloutBuffer, StalenessLimit
+from rollout.coordinator import PoolStats
 from rollout.engine_actor import EngineInfo
 from rollout.errors import translate
+from rollout.journal import Journal
+from rollout.journalling import Journalling
 from rollout.requests import GroupRequest
 from rollout.rollout import Rollout
-from rollout.router import Assignment
-from rollout.stream import PendingGroup, RolloutStream, Submission
-from rollout.sync_report import CommitReport, SyncMode, SyncReport
-from rollout.weight_sync import WeightBucket, WeightSender, check_sync_options
+from rollout.stream import RolloutStream
+from rollout.submission import QUEUED_BATCHES, PendingGroup, Submission
+from rollout.sync_report import SyncMode, SyncReport
+from rollout.weight_sync import StoredBucket, WeightBucket, WeightSender, check_sync_options
 
 
 class PoolHandle:
@@ -38,20 +44,23 @@ class PoolHandle:
         config: EngineConfig,
         seed: int,
         vocab_size: int,
-        engines: Sequence[Any],
-        engine_infos: Sequence[EngineInfo],
+        engine_info: EngineInfo,
         coordinator: Any,
+        staleness_limit: StalenessLimit | None = None,
+        journalling: Journalling | None = None,
     ) -> None:
         self.config = config
         self.seed = seed  # of the run; with a group's id it fixes the group's samples
         self.vocab_size = vocab_size
-        self.engines = tuple(engines)  # EngineActor handles
-        self.engine_infos = tuple(engine_infos)
+        self.engine_info = engine_info  # of one engine; the others differ in process, node and threads alone
         self.coordinator = coordinator  # PoolCoordinator handle
+        self.staleness_limit = staleness_limit
+        self.journalling = journalling
 
     def __getstate__(self) -> dict[str, Any]:
-        # the tokenizer is loaded again where it is needed
-        return {name: value for name, value in self.__dict__.items() if name != "tokenizer"}
+        # what is made where it is needed: the tokenizer, and this process's own submissions
+        made_here = ("tokenizer", "_buffer", "_background", "_journal")
+        return {name: value for name, value in self.__dict__.items() if name not in made_here}
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -61,12 +70,22 @@ class PoolHandle:
     @property
     def policy_version(self) -> int:
         """The version that the engines draw under, whoever synced it."""
-        return self._ask_coordinator("policy_version")
+        return self._ask("policy_version")
 
     @property
     def kernel_fingerprint(self) -> str:
         """Of all the engines: a pool whose engines differ does not start."""
-        return self.engine_infos[0].kernel_fingerprint
+        return self.engine_info.kernel_fingerprint
+
+    @property
+    def engine_infos(self) -> list[EngineInfo]:
+        """Of the engines that serve now, by engine id."""
+        return self._ask("engine_infos")
+
+    @property
+    def engines(self) -> list[Any]:
+        """EngineActor handles of the engines that serve now; one that fails is replaced by another actor."""
+        return [engine.actor for engine in self._ask("engines")]
 
     def generate(
         self,
@@ -82,41 +101,90 @@ class PoolHandle:
         fix the samples, whatever engine draws them. Left out, they are g0, g1, ... in the order of submission.
         `metadata` (a mapping for each prompt) is handed through to the rollouts. `timeout` is in seconds.
 
-        Raises ValueError for the caller's mistakes, EngineError if an engine breaks, TimeoutError; in every case the
-        groups that still run are aborted.
+        An engine that dies or hangs costs time and nothing else. Raises ValueError for the caller's mistakes,
+        EngineError if engines fail again and again, TimeoutError; in every case the groups that still run are aborted.
         """
         return self.stream(prompts, params, group_ids, metadata, timeout).in_prompt_order()
 
     def stream(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         group_ids: Sequence[str] | None = None,
         metadata: Sequence[Mapping[str, Any]] | None = None,
         timeout: float | None = None,
     ) -> RolloutStream:
-        """Submits at once, as `generate` does, and iterates over the groups as they finish."""
-        call_id = uuid.uuid4().hex
-        groups = self._place(*self._check(prompts, params, group_ids, metadata))
-        stream = RolloutStream(Submission(call_id, groups, self.engines, self._release, timeout))
+        """Submits at once, as `generate` does, and iterates over the groups as they finish.
+
+        Engines are given as much as their queues hold, the rest waits here. An iterator of prompts is read no further
+        than that; it takes one `params` and neither ids nor metadata, and its groups are named gN/0, gN/1, ...
+        """
+        if isinstance(prompts, Iterator):
+            reserved, groups = self._groups_of_iterator(prompts, params, group_ids, metadata)
+        else:
+            reserved, groups = self._groups_of_list(prompts, params, group_ids, metadata)
+        submission = Submission(self.coordinator, groups, reserved, self.config.max_num_seqs)
+        stream = RolloutStream(submission, timeout, self._note_delivered)
         try:
-            self._submit(call_id, groups)
+            submission.fill()
         except BaseException:
             stream.close()
             raise
         return stream
+
+    def submit(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        group_ids: Sequence[str] | None = None,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[str]:
+        """Hands groups to the engines and returns their ids at once; `collect` has the rollouts.
+
+        Raises ValueError for the caller's mistakes, and where `has_capacity` says no.
+        """
+        num_prompts = len(as_prompts(prompts))
+        if not self.has_capacity(num_prompts):
+            self._buffer.refuse(num_prompts)
+        reserved, groups = self._groups_of_list(prompts, params, group_ids, metadata)
+        self._buffer.submit(list(groups))
+        return reserved
+
+    def has_capacity(self, num_groups: int = 1) -> bool:
+        """Whether so many groups may be submitted: within the pool's `max_staleness`, or what engines can queue."""
+        return self._buffer.has_capacity(num_groups)
+
+    def collect(self, num_groups: int, timeout: float | None = None) -> list[list[Rollout]]:
+        """The next `num_groups` submitted groups to finish, in the order of their submission.
+
+        Groups with a token of more than `max_staleness` versions ago are left out: dropped, or drawn again
+        (`RolloutPool(on_stale=)`), and counted in `buffer_stats`. Those that are not collected stay for the next call.
+        Raises ValueError if so many are not on their way, TimeoutError after `timeout` seconds, EngineError.
+        """
+        if num_groups < 1:
+            raise ValueError(f"num_groups={num_groups} must be at least 1")
+        return self._buffer.collect(num_groups, timeout)
+
+    def buffer_stats(self) -> BufferStats:
+        """Of this handle's `submit` and `collect`: how many groups, and how old they were."""
+        return self._buffer.stats()
 
     def abort(self, group_ids: Sequence[str]) -> None:
         """Ends running groups: whoever waits for them gets what they have, with finish_reason "abort".
 
         Raises ValueError for an id that is not running.
         """
-        by_engine = self._ask_coordinator("locate", list(group_ids))
-        self._ask_engines({i: self.engines[i].abort.remote(ids) for i, ids in by_engine.items()})
+        self._ask("abort", list(group_ids))
 
     def sync_weights(
-        self, named_tensors: NamedTensors, policy_version: int, mode: SyncMode = "recompute"
-    ) -> SyncReport:
+        self,
+        named_tensors: NamedTensors,
+        policy_version: int,
+        mode: SyncMode = "recompute",
+        *,
+        blocking: bool = True,
+        rollback: bool = False,
+    ) -> SyncReport | Future[SyncReport]:
         """Gives every engine new weights, between two of its steps; running requests go on.
 
         `named_tensors` is a mapping or a one-shot iterator of (Hugging Face name, tensor), complete; values are synced
@@ -125,139 +193,171 @@ class PoolHandle:
         under the old weights before an engine switches (exact), "abort" ends them with what they have. Requests that
         have not begun are drawn under the new weights in each mode.
 
-        All engines switch or none does. Raises ValueError, with every engine on its old version, for a version that
-        does not increase and for tensors that are missing, unexpected, misshapen or not finite; EngineError if an
-        engine breaks.
+        `blocking=False` returns a future of the report once the tensors have been read, so they may change; the
+        switch goes on in the background. `rollback=True` allows an older version.
+
+        Syncs take turns. All engines switch or none does: before the switch an error leaves every engine on its old
+        version, and one that fails after it is replaced by one with the new weights. Raises ValueError for a version
+        that does not increase and for tensors that are missing, unexpected, misshapen or not finite; EngineError if
+        engines break.
         """
         start = time.perf_counter()
         check_sync_options(policy_version, mode)
-        self._ask_coordinator("check_policy_version", policy_version)
         sync_id = uuid.uuid4().hex
-        sender = WeightSender(self.engine_infos[0].weight_shapes)
+        self._ask("begin_sync", sync_id, policy_version, rollback)
+        sender = WeightSender(self.engine_info.weight_shapes)
         try:
-            self._stage(sync_id, sender.buckets(named_tensors))
-            commits = self._commit(sync_id, policy_version, mode)
+            acknowledgements = self._stage(sync_id, sender.buckets(named_tensors))
         except BaseException:
-            for engine in self.engines:
-                engine.discard_weights.remote(sync_id)
+            self.coordinator.end_sync.remote(sync_id)
             raise
-        return SyncReport.from_commits(
-            policy_version=policy_version,
-            seconds=time.perf_counter() - start,
-            num_bytes=sender.num_bytes,
-            checksum=sender.checksum,
-            commits=commits,
-        )
 
-    def stats(self) -> list[EngineStats]:
-        """Of every engine, in engine order."""
-        return self._ask_engines({i: engine.stats.remote() for i, engine in enumerate(self.engines)})
+        def switch() -> SyncReport:
+            try:
+                self._get(*acknowledgements)
+                commits = self._ask("commit", sync_id, mode, sender.checksum)
+            finally:
+                self.coordinator.end_sync.remote(sync_id)
+            return SyncReport.from_commits(
+                policy_version=policy_version,
+                seconds=time.perf_counter() - start,
+                num_bytes=sender.num_bytes,
+                checksum=sender.checksum,
+                commits=commits,
+            )
+
+        return switch() if blocking else self._background.submit(switch)
+
+    def stats(self) -> PoolStats:
+        """Of the pool and of every engine that serves."""
+        return self._ask("stats")
 
     def write_trace(self) -> list[Path]:
         """Lets every engine write what it recorded (`EngineConfig.trace_path`); the files, each where its engine is."""
-        return self._ask_engines({i: engine.write_trace.remote() for i, engine in enumerate(self.engines)})
+        return self._get(*(engine.write_trace.remote() for engine in self.engines))
 
     def check_integrity(self) -> None:
         """Asserts that every engine's block references, free blocks and tables add up."""
-        self._ask_engines({i: engine.check_integrity.remote() for i, engine in enumerate(self.engines)})
+        self._get(*(engine.check_integrity.remote() for engine in self.engines))
 
-    # --- generating ---
+    # --- groups ---
 
-    def _check(
+    @cached_property
+    def _buffer(self) -> RolloutBuffer:
+        submission = Submission(self.coordinator, iter(()), (), self.config.max_num_seqs)
+        return RolloutBuffer(
+            submission,
+            self.staleness_limit,
+            policy_version=lambda: self.policy_version,
+            reserve=lambda group_ids: self._ask("reserve", group_ids),
+            num_groups_with_room=lambda: QUEUED_BATCHES * self.config.max_num_seqs * len(self.engines),
+            note_delivered=self._note_delivered,
+        )
+
+    @cached_property
+    def _journal(self) -> Journal | None:
+        return None if self.journalling is None else self.journalling.open_journal()
+
+    @property
+    def _note_delivered(self) -> Callable[[list[Rollout]], None]:
+        """Shown every group just before its caller has it."""
+        journal = self._journal
+        return _note_nothing if journal is None else journal.write_group
+
+    def _groups_of_list(
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
         group_ids: Sequence[str] | None,
         metadata: Sequence[Mapping[str, Any]] | None,
-    ) -> tuple[list[list[int]], list[SamplingParams], list[str | None], list[Mapping[str, Any]]]:
+    ) -> tuple[list[str], Iterator[PendingGroup]]:
         """Everything that can be wrong with a call is found here, before anything is sent."""
-        max_model_len = self.engine_infos[0].max_model_len
-        prompt_token_ids = requests.encode_prompts(self.tokenizer, as_prompts(prompts), self.vocab_size, max_model_len)
-        return (
-            prompt_token_ids,
-            per_prompt_params(params, len(prompt_token_ids)),
-            requests.per_prompt_group_ids(group_ids, len(prompt_token_ids)),
-            requests.per_prompt_metadata(metadata, len(prompt_token_ids)),
+        encoded = [np.array(self._encode(place, prompt), np.int32) for place, prompt in enumerate(as_prompts(prompts))]
+        all_params = per_prompt_params(params, len(encoded))
+        all_metadata = requests.per_prompt_metadata(metadata, len(encoded))
+        for one in set(all_params):
+            self._check_num_samples(one)
+        reserved = self._ask("reserve", requests.per_prompt_group_ids(group_ids, len(encoded)))
+        columns = zip(itertools.count(), reserved, encoded, all_params, all_metadata)
+        return reserved, (
+            self._pending_group(place, group_id, token_ids.tolist(), one, row)
+            for place, group_id, token_ids, one, row in columns
         )
 
-    def _place(
+    def _groups_of_iterator(
         self,
-        prompt_token_ids: list[list[int]],
-        params: list[SamplingParams],
-        group_ids: list[str | None],
-        metadata: list[Mapping[str, Any]],
-    ) -> list[PendingGroup]:
-        costs = [requests.token_cost(p, q) for p, q in zip(prompt_token_ids, params, strict=True)]
-        assignments = self._ask_coordinator("assign", list(zip(group_ids, costs, strict=True)))
-        return [
-            self._pending_group(i, assignments[i], prompt_token_ids[i], params[i], metadata[i])
-            for i in range(len(assignments))
-        ]
+        prompts: Iterator[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        group_ids: Sequence[str] | None,
+        metadata: Sequence[Mapping[str, Any]] | None,
+    ) -> tuple[list[str], Iterator[PendingGroup]]:
+        if group_ids is not None or metadata is not None or isinstance(params, Sequence):
+            raise ValueError(
+                "an iterator of prompts takes one params for all, and neither group_ids nor metadata: give a list"
+            )
+        one = params or SamplingParams()
+        self._check_num_samples(one)
+        reserved = self._ask("reserve", [None])
+        return reserved, (
+            self._pending_group(place, f"{reserved[0]}/{place}", self._encode(place, prompt), one, {})
+            for place, prompt in enumerate(prompts)
+        )
+
+    def _encode(self, place: int, prompt: Prompt) -> list[int]:
+        max_model_len = self.engine_info.max_model_len
+        return requests.encode_prompt(self.tokenizer, place, prompt, self.vocab_size, max_model_len)
+
+    def _check_num_samples(self, params: SamplingParams) -> None:
+        if params.n > self.config.max_num_seqs:
+            raise ValueError(
+                f"n={params.n} samples are more than an engine's max_num_seqs={self.config.max_num_seqs}: lower n, or "
+                "raise max_num_seqs"
+            )
 
     def _pending_group(
         self,
-        position: int,
-        assignment: Assignment,
+        place: int,
+        group_id: str,
         prompt_token_ids: list[int],
         params: SamplingParams,
         metadata: Mapping[str, Any],
     ) -> PendingGroup:
         request = GroupRequest(
-            group_id=assignment.group_id,
+            group_id=group_id,
             prompt_token_ids=prompt_token_ids,
-            params=requests.seeded(params, self.seed, assignment.group_id),
+            params=requests.seeded(params, self.seed, group_id),
         )
         return PendingGroup(
-            position=position,
-            engine_index=assignment.engine_index,
+            position=place,
             request=request,
             sampling_params=params,
             metadata=metadata,
             kernel_fingerprint=self.kernel_fingerprint,
         )
 
-    def _submit(self, call_id: str, groups: list[PendingGroup]) -> None:
-        by_engine: dict[int, list[GroupRequest]] = {}
-        for group in groups:
-            by_engine.setdefault(group.engine_index, []).append(group.request)
-        self._ask_engines({i: self.engines[i].submit.remote(call_id, batch) for i, batch in by_engine.items()})
+    # --- weights ---
 
-    def _release(self, group_ids: list[str]) -> None:
-        self.coordinator.release.remote(group_ids)
+    @cached_property
+    def _background(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, thread_name_prefix="lockstep-sync")
 
-    # --- syncing ---
-
-    def _stage(self, sync_id: str, buckets: Iterator[WeightBucket]) -> None:
-        """First phase: every engine holds all tensors and has verified them."""
-        acknowledgements: list[tuple[int, ray.ObjectRef]] = []
-        for bucket in buckets:
-            # one copy in shared memory for all engines, which verify it while the next bucket is read
-            shared = ray.put(bucket)
-            acknowledgements += [(i, e.stage_weights.remote(sync_id, shared)) for i, e in enumerate(self.engines)]
-        for i, acknowledgement in acknowledgements:
-            self._ask_engines({i: acknowledgement})
-
-    def _commit(self, sync_id: str, policy_version: int, mode: SyncMode) -> list[CommitReport]:
-        """Second phase: every engine switches."""
-        reports = self._ask_coordinator("commit", sync_id, policy_version, mode)
-        for report in reports:
-            if isinstance(report, Exception):
-                raise type(report)(f"weight sync to policy_version={policy_version}: {report}") from report
-        return reports
+    def _stage(self, sync_id: str, buckets: Iterator[WeightBucket]) -> list[ray.ObjectRef]:
+        """First phase: hands every bucket over; the answers come once every engine has verified it."""
+        # one copy in shared memory for all engines, which verify it while the next bucket is read
+        stored = (StoredBucket.put(bucket) for bucket in buckets)
+        return [self.coordinator.stage.remote(sync_id, bucket) for bucket in stored]
 
     # --- asking ---
 
-    def _ask_coordinator(self, method: str, *args: Any) -> Any:
+    def _ask(self, method: str, *args: Any) -> Any:
+        return self._get(getattr(self.coordinator, method).remote(*args))[0]
+
+    def _get(self, *answers: ray.ObjectRef) -> list[Any]:
         try:
-            return ray.get(getattr(self.coordinator, method).remote(*args))
+            return ray.get(list(answers))
         except RayError as error:
             raise translate("the pool's coordinator", error) from error
 
-    def _ask_engines(self, answers: Mapping[int, ray.ObjectRef]) -> list[Any]:
-        results = []
-        for engine_index, answer in answers.items():
-            try:
-                results.append(ray.get(answer))
-            except RayError as error:
-                raise translate(f"engine {engine_index}", error) from error
-        return results
+
+def _note_nothing(group: list[Rollout]) -> None:
+    pass

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import ray
-from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from engine import EngineConfig, LLMEngine
 from engine.checkpoint import resolve_model
 from engine.config import available_cores
 from engine.model_config import ModelConfig
 from rollout import cluster
+from rollout.buffer import OnStale, StalenessLimit
 from rollout.coordinator import PoolCoordinator
-from rollout.engine_actor import EngineActor, EngineFactory, EngineInfo
-from rollout.errors import translate
+from rollout.engine_actor import EngineFactory, EngineInfo
+from rollout.fleet import EngineSpec, wait_until_dead
 from rollout.handle import PoolHandle
+from rollout.journal import JournalHeader
+from rollout.journalling import Journalling
 
 MAX_SEED = 2**64 - 1
-STOP_SECONDS = 10.0
+PlacementStrategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 
 
 class RolloutPool(PoolHandle):
     """Deterministic engines behind one front. Use it as a context manager, or call `shutdown()`.
 
-    The same `seed`, group ids, weights and parameters give the same rollouts, whatever `num_engines` and whatever runs
-    beside them. `engine_cpus` is what Ray reserves for one engine: 0 lets engines share cores with a trainer that works
-    while they idle. `engine_factory` builds what each actor steps.
+    The same `seed`, group ids, weights and parameters give the same rollouts, whatever `num_engines`, whatever runs
+    beside them, and whichever of them die: an engine that dies, or hangs for `hang_seconds`, is replaced, takes the
+    current weights, and its groups are drawn again or gone on with.
+
+    Args:
+        engine_cpus, engine_gpus: what Ray reserves for one engine; 0 CPUs let engines share cores with a trainer that
+            works while they idle.
+        placement: how a placement group lays the engines out over nodes; None spreads them where there is room.
+        max_staleness, groups_per_version, on_stale: for `submit` and `collect`, see `StalenessLimit`.
+        start_seconds: in which an engine must be ready.
+        journal: a run directory in which every delivered group and every switch of weights is written down, for
+            `python -m rollout.replay`. keep_weights_every: versions that it divides are kept there too, the latest
+            `keep_last` of them; None keeps none.
+        name: of the pool's actors, `NAME/coordinator` and `NAME/engine-I.LIFE`; made up if left out.
+        engine_factory: builds what each actor steps.
 
     Raises ValueError for a model or option that cannot work, EngineError if an engine does not start.
     """
@@ -43,28 +57,61 @@ class RolloutPool(PoolHandle):
         seed: int = 0,
         *,
         engine_cpus: float = 0.0,
+        engine_gpus: float = 0.0,
+        placement: PlacementStrategy | None = None,
+        max_staleness: int | None = None,
+        groups_per_version: int | None = None,
+        on_stale: OnStale = "drop",
+        start_seconds: float = 900.0,
+        hang_seconds: float = 300.0,
+        journal: str | Path | None = None,
+        keep_weights_every: int | None = None,
+        keep_last: int | None = None,
+        name: str | None = None,
         engine_factory: EngineFactory = LLMEngine,
     ) -> None:
-        _check_options(num_engines, seed, engine_cpus)
+        _check_options(num_engines, seed, engine_cpus, engine_gpus, placement)
+        _check_seconds(start_seconds=start_seconds, hang_seconds=hang_seconds)
+        if journal is None and not (keep_weights_every is None and keep_last is None):
+            raise ValueError(f"{keep_weights_every=} and {keep_last=} need a journal: give its run directory")
+        limit = _staleness_limit(max_staleness, groups_per_version, on_stale)
         directory = resolve_model(config.model)
         model_config = ModelConfig.from_directory(directory)
         config.resolve_max_model_len(model_config)
         config = _with_absolute_model(config)
-        self._actors: list[Any] = []
+        self._coordinator: Any = None
+        self._placement_group: Any = None
+        self._resources = {"CPU": engine_cpus, "GPU": engine_gpus}
         self._has_started_ray = cluster.connect(cluster.weights_num_bytes(directory), num_cpus=available_cores())
         try:
-            _check_capacity(num_engines, engine_cpus)
-            engines = [self._start_engine_actor(config, engine_cpus) for _ in range(num_engines)]
-            coordinator = self._start_coordinator(engines)
-            infos = _wait_for_start([engine.start.remote(config, engine_factory) for engine in engines])
+            _check_capacity(num_engines, self._resources)
+            if placement is not None:
+                self._placement_group = _placement_group(num_engines, self._resources, placement, start_seconds)
+            spec = EngineSpec(
+                config=config,
+                engine_factory=engine_factory,
+                runtime_env=cluster.actor_env(config.num_threads),
+                num_cpus=engine_cpus,
+                num_gpus=engine_gpus,
+                pool_name=name or f"pool-{uuid.uuid4().hex[:8]}",
+                placement_group=self._placement_group,
+                num_bundles=0 if self._placement_group is None else num_engines,
+                start_seconds=start_seconds,
+                hang_seconds=hang_seconds,
+            )
+            self._coordinator = _start_coordinator(spec)
             super().__init__(
                 config=config,
                 seed=seed,
                 vocab_size=model_config.vocab_size,
-                engines=engines,
-                engine_infos=infos,
-                coordinator=coordinator,
+                engine_info=None,
+                coordinator=self._coordinator,
+                staleness_limit=limit,
             )
+            self.engine_info = self.scale(num_engines)[0]
+            if journal is not None:
+                self.journalling = _journalling(self, directory, Path(journal), keep_weights_every, keep_last)
+                self._ask("keep_journal", self.journalling)
             self.tokenizer  # noqa: B018  (loaded now, so that a broken one is an error of the start)
         except BaseException:
             self.shutdown()
@@ -76,19 +123,35 @@ class RolloutPool(PoolHandle):
             config=self.config,
             seed=self.seed,
             vocab_size=self.vocab_size,
-            engines=self.engines,
-            engine_infos=self.engine_infos,
+            engine_info=self.engine_info,
             coordinator=self.coordinator,
+            staleness_limit=self.staleness_limit,
+            journalling=self.journalling,
         )
+
+    def scale(self, num_engines: int) -> list[EngineInfo]:
+        """Starts or ends engines while the others go on; returns what the engines say that serve then.
+
+        Groups of an engine that ends go on elsewhere, from the tokens that they have.
+        Raises ValueError for a number that the cluster cannot hold, EngineError if an engine does not start.
+        """
+        _check_num_engines(num_engines)
+        _check_capacity(num_engines, self._resources)
+        return self._ask("scale", num_engines)
 
     def __reduce__(self) -> Any:
         raise TypeError("a RolloutPool cannot be sent to another process: send pool.handle()")
 
     def shutdown(self) -> None:
         """Ends engines and coordinator, and Ray if this pool started it. A second call does nothing."""
-        actors, self._actors = self._actors, []
-        if ray.is_initialized():
-            _kill(actors)
+        coordinator, self._coordinator = self._coordinator, None
+        if "_journal" in self.__dict__ and self._journal is not None:
+            self._journal.close()
+        if ray.is_initialized() and coordinator is not None:
+            _end(coordinator)
+        if ray.is_initialized() and self._placement_group is not None:
+            ray.util.remove_placement_group(self._placement_group)
+            self._placement_group = None
         if self._has_started_ray:
             self._has_started_ray = False
             cluster.disconnect()
@@ -101,26 +164,43 @@ class RolloutPool(PoolHandle):
     ) -> None:
         self.shutdown()
 
-    def _start_engine_actor(self, config: EngineConfig, engine_cpus: float) -> Any:
-        engine = EngineActor.options(
-            num_cpus=engine_cpus, scheduling_strategy="SPREAD", runtime_env=cluster.actor_env(config.num_threads)
-        ).remote()
-        self._actors.append(engine)
-        return engine
 
-    def _start_coordinator(self, engines: Sequence[Any]) -> Any:
-        coordinator = PoolCoordinator.options(runtime_env=cluster.actor_env(num_threads=1)).remote(engines)
-        self._actors.append(coordinator)
-        return coordinator
-
-
-def _check_options(num_engines: int, seed: int, engine_cpus: float) -> None:
-    if isinstance(num_engines, bool) or not isinstance(num_engines, int) or num_engines < 1:
-        raise ValueError(f"num_engines={num_engines!r} must be an integer of at least 1")
+def _check_options(
+    num_engines: int, seed: int, engine_cpus: float, engine_gpus: float, placement: PlacementStrategy | None
+) -> None:
+    _check_num_engines(num_engines)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
         raise ValueError(f"seed={seed!r} must be an integer from 0 to {MAX_SEED}")
-    if not engine_cpus >= 0:
-        raise ValueError(f"engine_cpus={engine_cpus!r} must not be negative")
+    for name, value in (("engine_cpus", engine_cpus), ("engine_gpus", engine_gpus)):
+        if not value >= 0:
+            raise ValueError(f"{name}={value!r} must not be negative")
+    if placement is None:
+        return
+    if placement not in get_args(PlacementStrategy):
+        raise ValueError(f"placement={placement!r} must be one of {', '.join(map(repr, get_args(PlacementStrategy)))}")
+    if not engine_cpus + engine_gpus:
+        raise ValueError(f"placement={placement!r} needs something to reserve: set engine_cpus or engine_gpus")
+
+
+def _check_num_engines(num_engines: int) -> None:
+    if isinstance(num_engines, bool) or not isinstance(num_engines, int) or num_engines < 1:
+        raise ValueError(f"num_engines={num_engines!r} must be an integer of at least 1")
+
+
+def _check_seconds(**seconds: float) -> None:
+    for name, value in seconds.items():
+        if not value > 0:
+            raise ValueError(f"{name}={value!r} must be above 0")
+
+
+def _staleness_limit(
+    max_staleness: int | None, groups_per_version: int | None, on_stale: OnStale
+) -> StalenessLimit | None:
+    if max_staleness is None:
+        return None
+    if groups_per_version is None:
+        raise ValueError(f"max_staleness={max_staleness} needs groups_per_version: the groups that one version takes")
+    return StalenessLimit(max_staleness=max_staleness, groups_per_version=groups_per_version, on_stale=on_stale)
 
 
 def _with_absolute_model(config: EngineConfig) -> EngineConfig:
@@ -129,37 +209,63 @@ def _with_absolute_model(config: EngineConfig) -> EngineConfig:
     return replace(config, model=str(path.resolve())) if path.exists() else config
 
 
-def _check_capacity(num_engines: int, engine_cpus: float) -> None:
-    # Ray would wait for the missing CPUs without a word
-    num_cpus = ray.cluster_resources().get("CPU", 0.0)
-    if num_engines * engine_cpus > num_cpus:
+def _check_capacity(num_engines: int, resources: dict[str, float]) -> None:
+    # Ray would wait for what is missing without a word
+    for resource, option in (("CPU", "engine_cpus"), ("GPU", "engine_gpus")):
+        available = ray.cluster_resources().get(resource, 0.0)
+        if num_engines * resources[resource] > available:
+            raise ValueError(
+                f"num_engines={num_engines} with {option}={resources[resource]} need more than the cluster's "
+                f"{available:g} {resource}s: lower one of them"
+                + (" (engine_cpus=0 shares the cores)" if resource == "CPU" else "")
+            )
+
+
+def _placement_group(num_engines: int, resources: dict[str, float], strategy: PlacementStrategy, timeout: float) -> Any:
+    bundle = {name: amount for name, amount in resources.items() if amount}
+    group = ray.util.placement_group([bundle] * num_engines, strategy=strategy)
+    if not group.wait(timeout):
+        ray.util.remove_placement_group(group)
         raise ValueError(
-            f"num_engines={num_engines} with engine_cpus={engine_cpus} need more than the cluster's {num_cpus:g} CPUs: "
-            "lower one of them (engine_cpus=0 shares the cores)"
+            f"the cluster cannot place num_engines={num_engines} of {bundle} by placement={strategy!r}: lower what "
+            "they need, add nodes, or choose another placement"
         )
+    return group
 
 
-def _wait_for_start(starts: list[ray.ObjectRef]) -> list[EngineInfo]:
-    infos = []
-    for engine_index, start in enumerate(starts):
-        try:
-            infos.append(ray.get(start))
-        except RayError as error:
-            raise translate(f"engine {engine_index}", error) from error
-    fingerprints = {info.kernel_fingerprint for info in infos}
-    if len(fingerprints) > 1:
-        raise ValueError(
-            f"the engines have different kernel fingerprints, {sorted(fingerprints)}: their rollouts would differ in "
-            "bits, so use machines of one kind and one version of the code"
-        )
-    return infos
+def _journalling(
+    pool: RolloutPool, model_directory: Path, directory: Path, keep_weights_every: int | None, keep_last: int | None
+) -> Journalling:
+    header = JournalHeader.from_config(
+        pool.config,
+        seed=pool.seed,
+        kernel_fingerprint=pool.kernel_fingerprint,
+        weights_checksum=pool.engine_info.weights_checksum,
+    )
+    return Journalling(
+        run_directory=directory.expanduser().resolve(),
+        header=header,
+        model_directory=model_directory,
+        keep_weights_every=keep_weights_every,
+        keep_last=keep_last,
+    )
 
 
-def _kill(actors: Sequence[Any]) -> None:
-    """Kills the actors and waits until Ray knows that they are dead."""
-    for actor in actors:
-        ray.kill(actor)
-    deadline = time.monotonic() + STOP_SECONDS
-    for actor in actors:
-        remaining = max(0.0, deadline - time.monotonic())
-        ray.wait([actor.__ray_ready__.remote()], timeout=remaining)
+def _start_coordinator(spec: EngineSpec) -> Any:
+    """On the caller's node, whose end is the pool's end in any case."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return PoolCoordinator.options(
+        name=f"{spec.pool_name}/coordinator",
+        scheduling_strategy=here,
+        runtime_env=cluster.actor_env(num_threads=1),
+    ).remote(spec)
+
+
+def _end(coordinator: Any) -> None:
+    """Kills the engines and their coordinator and waits until Ray knows that they are dead."""
+    try:
+        engines = ray.get(coordinator.shutdown.remote())
+    except ray.exceptions.RayError:  # it is dead, and with it the engines that it owned
+        engines = []
+    ray.kill(coordinator)
+    wait_until_dead([*engines, coordinator])

@@ -19,6 +19,7 @@ class GroupRequest:
     group_id: str
     prompt_token_ids: list[int]
     params: SamplingParams  # its seed is always set
+    resume: tuple[Completion, ...] = ()  # what an engine that is gone had drawn for it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,10 @@ class GroupResult:
 
     group_id: str
     completions: list[Completion]  # by sample index
+
+
+Partials = dict[str, list[Completion]]
+"""Samples by group id, finished and unfinished ones, as they were handed over before a switch of weights."""
 
 
 def seeded(params: SamplingParams, run_seed: int, group_id: str) -> SamplingParams:
@@ -43,10 +48,11 @@ def token_cost(prompt_token_ids: Sequence[int], params: SamplingParams) -> int:
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], vocab_size: int, max_model_len: int) -> list[list[int]]:
     """Token ids of each prompt; ValueError names the prompt that is empty, too long or out of the vocabulary."""
-    return [_encode_prompt(tokenizer, i, prompt, vocab_size, max_model_len) for i, prompt in enumerate(prompts)]
+    return [encode_prompt(tokenizer, i, prompt, vocab_size, max_model_len) for i, prompt in enumerate(prompts)]
 
 
-def _encode_prompt(tokenizer: Any, position: int, prompt: Prompt, vocab_size: int, max_model_len: int) -> list[int]:
+def encode_prompt(tokenizer: Any, position: int, prompt: Prompt, vocab_size: int, max_model_len: int) -> list[int]:
+    """Token ids of the prompt at `position`; ValueError as `encode_prompts`."""
     if not isinstance(prompt, (str, Sequence)):
         raise ValueError(f"prompts[{position}] must be text, token ids or chat messages, got {type(prompt).__name__}")
     try:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from engine import SamplingParams
+from engine import RequestTiming, SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,3 +35,5 @@ class Rollout:
     top_logprobs: list[dict[int, float]] | None = None
     # where `prompt_logprobs=k` asks for it: the same of each prompt token (None for the first), of the model's own
     prompt_logprobs: list[dict[int, float] | None] | None = None
+    # no part of the result, so two rollouts are equal however long they took; of the engine that finished the sample
+    timing: RequestTiming | None = field(default=None, compare=False, repr=False)

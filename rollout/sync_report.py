@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.llm_engine import UpdateMode
+from rollout.requests import Partials
 
 SyncMode = UpdateMode
 """What becomes of running requests; see `PoolHandle.sync_weights`."""
@@ -18,6 +19,7 @@ class CommitReport:
     checksum: bytes  # of the weights as it holds them
     pause_seconds: float  # how long no step could run
     num_recomputed_tokens: int  # tokens whose KV running requests gave up
+    partials: Partials = field(default_factory=dict, repr=False)  # drawn so far, for groups that nobody has collected
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,8 @@ _HOMES = {
     "Policy": "trainers.policy",
     "RewardScorer": "trainers.rewards",
     "Rewards": "trainers.rewards",
+    "episode_metrics": "trainers.episodes",
+    "episode_rewards": "trainers.episodes",
     "from_verl": "trainers.verl_rewards",
     "group_advantages": "trainers.advantages",
     "kl_estimate": "trainers.losses",

@@ -1,13 +1,16 @@
 """Batches: packs rollouts into rows without padding, the prompt of a group once.
 
-T counts packed rows, C target tokens (all completion tokens). A completion's last token predicts nothing, so it has
-no row; the last row of a prompt predicts the first token of every sample of its group.
+T counts packed rows, C target tokens: the completion tokens with a loss_mask of 1. Others, such as the observations of
+a multi-turn sample, are laid down for their successors to see and are nobody's target, which spares their logits. A
+completion's last token predicts nothing, so it has no row; the last row of a prompt predicts the first token of every
+sample of its group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 
 import torch
 
@@ -27,7 +30,7 @@ class PackedBatch:
     temperature: torch.Tensor  # [C] float32
     rollout_logprobs: torch.Tensor  # [C] float32, as the engine reported them
     advantages: torch.Tensor  # [C] float32, the sample's advantage on each of its tokens
-    loss_mask: torch.Tensor  # [C] float32, 1 where a token is trained
+    loss_mask: torch.Tensor  # [C] float32, 1 where a token is trained; all 1 as `pack` makes it
     sample_index: torch.Tensor  # [C] int32, the token's sample: its place in the list that was packed
 
     @property
@@ -92,7 +95,7 @@ def pack_tokens(
     for prompt, continuations in zip(prompts, completions, strict=True):
         layout.add_prompt(prompt)
         for token_ids in continuations:
-            layout.add_completion(sample_index, token_ids)
+            layout.add_completion(sample_index, token_ids, [1] * len(token_ids))
             sample_index += 1
     zeros, ones = [0.0] * len(layout.target_ids), [1.0] * len(layout.target_ids)
     return layout.to_batch(temperature=ones, rollout_logprobs=zeros, advantages=zeros, loss_mask=ones)
@@ -118,18 +121,21 @@ class _Layout:
         self.prompt = prompt
         self.prompt_segment, self.prompt_end = len(self.segments) - 1, len(self.input_ids)
 
-    def add_completion(self, index: int, token_ids: Sequence[int]) -> None:
+    def add_completion(self, index: int, token_ids: Sequence[int], loss_mask: Sequence[int]) -> None:
         """Lay down a completion after the latest prompt, which it shares."""
         first_row = len(self.input_ids)
-        self._add_targets(index, token_ids, [self.prompt_end - 1, *range(first_row, first_row + len(token_ids) - 1)])
+        rows = [self.prompt_end - 1, *range(first_row, first_row + len(token_ids) - 1)]
+        self._add_targets(index, token_ids, rows, loss_mask)
         if len(token_ids) > 1:
             self._add_segment(token_ids[:-1], first_position=len(self.prompt), parent=self.prompt_segment)
 
-    def add_sequence(self, index: int, prompt: Sequence[int], token_ids: Sequence[int]) -> None:
+    def add_sequence(
+        self, index: int, prompt: Sequence[int], token_ids: Sequence[int], loss_mask: Sequence[int]
+    ) -> None:
         """Lay down a prompt and its completion as one sequence of their own."""
         first_row = len(self.input_ids) + len(prompt) - 1
         self._add_segment([*prompt, *token_ids[:-1]], first_position=0, parent=None)
-        self._add_targets(index, token_ids, range(first_row, first_row + len(token_ids)))
+        self._add_targets(index, token_ids, range(first_row, first_row + len(token_ids)), loss_mask)
 
     def _add_segment(self, token_ids: Sequence[int], first_position: int, parent: int | None) -> None:
         start_row = len(self.input_ids)
@@ -137,10 +143,10 @@ class _Layout:
         self.positions.extend(range(first_position, first_position + len(token_ids)))
         self.segments.append(Segment(start_row=start_row, end_row=len(self.input_ids), parent=parent))
 
-    def _add_targets(self, index: int, token_ids: Sequence[int], rows: Sequence[int]) -> None:
-        self.target_rows.extend(rows)
-        self.target_ids.extend(token_ids)
-        self.sample_index.extend([index] * len(token_ids))
+    def _add_targets(self, index: int, token_ids: Sequence[int], rows: Sequence[int], loss_mask: Sequence[int]) -> None:
+        self.target_rows.extend(compress(rows, loss_mask))
+        self.target_ids.extend(compress(token_ids, loss_mask))
+        self.sample_index.extend([index] * sum(loss_mask))
 
     def to_batch(self, **columns: Sequence[float]) -> PackedBatch:
         return PackedBatch(
@@ -165,10 +171,11 @@ def _pack_samples(
         if share_prompts:
             layout.add_prompt(rollouts[group[0]].prompt_token_ids)
         for index in group:
+            rollout = rollouts[index]
             if share_prompts:
-                layout.add_completion(index, rollouts[index].token_ids)
+                layout.add_completion(index, rollout.token_ids, rollout.loss_mask)
             else:
-                layout.add_sequence(index, rollouts[index].prompt_token_ids, rollouts[index].token_ids)
+                layout.add_sequence(index, rollout.prompt_token_ids, rollout.token_ids, rollout.loss_mask)
         packed.extend(group)
     return layout.to_batch(**_columns([rollouts[i] for i in packed], [float(advantages[i]) for i in packed]))
 
@@ -176,13 +183,13 @@ def _pack_samples(
 def _columns(rollouts: Sequence[Rollout], advantages: Sequence[float]) -> dict[str, list[float]]:
     for rollout in rollouts:
         _check_is_reproducible(rollout)
-    lengths = [len(rollout.token_ids) for rollout in rollouts]
+    lengths = [sum(rollout.loss_mask) for rollout in rollouts]
     temperatures = [rollout.sampling_params.logprob_temperature for rollout in rollouts]
     return {
         "temperature": [t for t, length in zip(temperatures, lengths, strict=True) for _ in range(length)],
-        "rollout_logprobs": [logprob for rollout in rollouts for logprob in rollout.logprobs],
+        "rollout_logprobs": [logprob for r in rollouts for logprob in compress(r.logprobs, r.loss_mask)],
         "advantages": [a for a, length in zip(advantages, lengths, strict=True) for _ in range(length)],
-        "loss_mask": [flag for rollout in rollouts for flag in rollout.loss_mask],
+        "loss_mask": [1.0] * sum(lengths),
     }
 
 
@@ -198,10 +205,10 @@ def _check_is_reproducible(rollout: Rollout) -> None:
 
 
 def _groups(rollouts: Sequence[Rollout], indices: Sequence[int]) -> Iterator[list[int]]:
-    """Runs of samples that stand together and continue the same prompt; a sample without a token has no target."""
+    """Runs of samples that stand together and continue the same prompt; a sample with no token to train is left out."""
     group: list[int] = []
     for index in indices:
-        if not rollouts[index].token_ids:
+        if not any(rollouts[index].loss_mask):
             continue
         if group and not _are_siblings(rollouts[group[0]], rollouts[index]):
             yield group

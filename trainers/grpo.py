@@ -189,8 +189,8 @@ class GRPOTrainer:
         return {
             "engine": {
                 "num_engines": len(pool.engine_infos),
-                "num_threads": pool.engine_infos[0].num_threads,
-                "max_model_len": pool.engine_infos[0].max_model_len,
+                "num_threads": pool.engine_info.num_threads,
+                "max_model_len": pool.engine_info.max_model_len,
                 "kernel_fingerprint": pool.kernel_fingerprint,
             },
             "trainer": _ask(trainer.environment),

@@ -46,8 +46,9 @@ class TrainerActor:
     ) -> dict[str, float]:
         """Train on rollouts of the current version; `checked` ones only have their log-probabilities compared.
 
-        advantages: one per rollout. The mismatch is that of every token of both: of the training forward itself,
-        before the optimiser moves. Without a token to train on the optimiser rests, and the rest is counted.
+        advantages: one per rollout. The mismatch is that of every token of both that has a loss_mask of 1 (others the
+        engine may not have drawn): of the training forward itself, before the optimiser moves. Without a token to
+        train on the optimiser rests, and the rest is counted.
         """
         self._require_lockstep([*rollouts, *checked])
         measured = self._check(checked)
@@ -102,7 +103,7 @@ class TrainerActor:
                 num_samples=num_samples,
             )
             output = self.policy.forward_backward(batch, loss_fn)
-            measured.append(_sampled(output.logprobs, batch))
+            measured.append((output.logprobs, batch.rollout_logprobs))
             for name, value in output.metrics.items():
                 metrics[name] = metrics.get(name, 0.0) + value
         return measured, metrics | self.policy.optim_step()
@@ -147,7 +148,7 @@ class TrainerActor:
     def _check(self, rollouts: Sequence[Rollout]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         zeros = [0.0] * len(rollouts)
         batches = pack_micro_batches(rollouts, zeros, self.config.micro_batch_tokens, self.config.share_prompts)
-        return [_sampled(self.policy.token_logprobs(batch), batch) for batch in batches]
+        return [(self.policy.token_logprobs(batch), batch.rollout_logprobs) for batch in batches]
 
     def _require_lockstep(self, rollouts: Sequence[Rollout]) -> None:
         """Refuse rollouts that this policy, on these kernels, cannot have drawn."""
@@ -164,12 +165,6 @@ class TrainerActor:
                     f"rollout {rollout.group_id}[{rollout.index}] was drawn under policy versions {sorted(stale)}, "
                     f"the trainer is at {self.policy.policy_version}: sync the weights before generating"
                 )
-
-
-def _sampled(logprobs: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Trainer's and engine's log-probabilities of the tokens that the engine drew (a mask of 0 is someone else's)."""
-    is_sampled = batch.loss_mask > 0
-    return logprobs[is_sampled], batch.rollout_logprobs[is_sampled]
 
 
 def _joined(measured: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:

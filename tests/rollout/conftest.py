@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import EngineConfig
+from engine import EngineConfig, SamplingParams
 from engine.attention import PackedAttention, Segment
 from engine.checkpoint import iter_weights
 from engine.model import Transformer
@@ -37,6 +37,32 @@ def make_weights(model_dir: Path) -> Callable[[int], Weights]:
             name: tensor.float() * (1 + 0.2 * torch.randn(tensor.shape, generator=generator))
             for name, tensor in iter_weights(model_dir)
         }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_turn() -> Callable[..., Rollout]:
+    """A rollout of one turn with the given tokens and fields."""
+
+    def make(token_ids: list[int], **fields: object) -> Rollout:
+        plain = {
+            "group_id": "g0",
+            "index": 0,
+            "prompt_token_ids": [1],
+            "logprobs": [-0.5] * len(token_ids),
+            "policy_versions": [0] * len(token_ids),
+            "finish_reason": "stop",
+            "stop_reason": None,
+            "text": "",
+            "loss_mask": [1] * len(token_ids),
+            "seed": 0,
+            "sampling_params": SamplingParams(),
+            "is_exact": True,
+            "kernel_fingerprint": "fingerprint",
+            "metadata": {},
+        }
+        return Rollout(token_ids=token_ids, **(plain | fields))
 
     return make
 

@@ -49,8 +49,8 @@ def integrity(request):
 
 
 def wait_until_running(pool: RolloutPool, num_tokens: int = 200) -> None:
-    start = sum(stats.num_generated_tokens for stats in pool.stats())
-    while sum(stats.num_generated_tokens for stats in pool.stats()) < start + num_tokens:
+    start = sum(stats.num_generated_tokens for stats in pool.stats().engines)
+    while sum(stats.num_generated_tokens for stats in pool.stats().engines) < start + num_tokens:
         time.sleep(0.001)
 
 
@@ -88,7 +88,7 @@ def test_a_refused_sync_leaves_every_engine_on_the_old_version(pool, versions, m
     with pytest.raises(ValueError, match=REFUSALS[kind]):
         pool.sync_weights(corrupted(make_weights(99), kind), versions.next())
     assert pool.policy_version == version
-    assert [stats.policy_version for stats in pool.stats()] == [version] * 2
+    assert [stats.policy_version for stats in pool.stats().engines] == [version] * 2
     after = pool.generate(PROMPTS, SamplingParams(n=2, max_tokens=6), group_ids=[f"r{i}" for i in range(12)])
     assert after == before
 
@@ -204,7 +204,7 @@ def test_two_syncs_at_once_leave_the_engines_in_lockstep(pool, versions, make_we
     results = ray.get([sync.remote(handle, *pair) for pair in pairs])
     assert results[1].is_lockstep, results
     assert pool.policy_version == versions.version
-    assert [stats.policy_version for stats in pool.stats()] == [versions.version] * 2
+    assert [stats.policy_version for stats in pool.stats().engines] == [versions.version] * 2
 
 
 # --- the sender and the engine's side of it, without engines ---

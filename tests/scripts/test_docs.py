@@ -9,9 +9,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from engine.model_config import SUPPORTED_ARCHITECTURES
+from rollout import Observation, Turn
 
 ROOT = Path(__file__).resolve().parents[2]
+CALCULATOR = ROOT / "docs" / "examples" / "multi_turn_calculator.py"
 
 
 def python_block(page: str) -> str:
@@ -46,6 +50,50 @@ def test_custom_trainer_trains_in_lockstep(tiny_model_dir: Callable[..., Path], 
     code = code.replace("smollm2-135m-instruct", str(tiny_model_dir("llama"))).replace(", 20\n", ", 2\n", 1)
     output = run_code(code, tmp_path)
     assert [line.split(":")[0] for line in output.splitlines()] == ["step 0", "step 1"]
+
+
+def test_the_multi_turn_page_plays_as_printed(tiny_model_dir: Callable[..., Path], tmp_path: Path):
+    code = python_block("docs/multi_turn.md").replace("smollm2-135m-instruct", str(tiny_model_dir("llama")))
+    output = run_code(code, tmp_path)
+    assert len(output.splitlines()) == 4
+    assert all(re.match(r"(-0\.[123]\d* [123]|1\.0 1|0\.[89]\d* [23]) ['\"]", line) for line in output.splitlines())
+
+
+def test_the_calculator_example_trains_in_lockstep(tiny_model_dir: Callable[..., Path], tmp_path: Path):
+    code = CALCULATOR.read_text()
+    assert len([line for line in code.splitlines() if line.strip()]) < 40
+    assert "assert output.logprobs.equal(batch.rollout_logprobs)" in code
+    code = code.replace("smollm2-135m-instruct", str(tiny_model_dir("llama"))).replace(", 20\n", ", 2\n", 1)
+    output = run_code(code, tmp_path)
+    assert [line.split(":")[0] for line in output.splitlines()] == ["step 0", "step 1"]
+
+
+def test_the_calculator_answers_what_the_model_asks_and_judges_what_it_says():
+    definitions = CALCULATOR.read_text().partition("policy = Policy")[0]
+    example: dict = {}
+    exec(compile(definitions, str(CALCULATOR), "exec"), example)  # noqa: S102 (our own page)
+
+    def said(text: str, is_last: bool = False) -> Observation:
+        environment = example["Calculator"]()
+        assert environment.reset({"question": "12*3-2", "answer": 34}, seed=0).endswith("Q: What is 12*3-2?\nA:")
+        return environment.step(
+            Turn(index=0, text=text, token_ids=[5], finish_reason="stop", stop_reason=None, is_last=is_last)
+        )
+
+    assert said(" <calc>12*3-2") == Observation(" = 34\n")
+    assert said(" <calc>2 + 3 * 4") == Observation(" = 14\n")
+    assert said("So it is 34.\n\n") == Observation(reward=1.0, is_done=True)
+    assert said(" <calc>12*3-2", is_last=True) == Observation(reward=0.0, is_done=True)
+    for text in ("So it is 340.", " <calc>__import__('os')", " <calc>9**9**9", " <calc>007", " <calc>2*", ""):
+        assert said(text) == Observation(reward=0.0, is_done=True)
+
+
+@pytest.mark.slow
+def test_the_real_model_calls_the_calculator_and_gets_better_at_it(tmp_path: Path):
+    lines = run_code(CALCULATOR.read_text(), tmp_path).splitlines()
+    rewards = [float(re.search(r"reward (\d\.\d+)", line)[1]) for line in lines]
+    assert any("</calc> = " in line for line in lines)
+    assert sum(rewards[-4:]) > sum(rewards[:4])
 
 
 def test_the_table_of_models_names_every_architecture_and_only_tests_that_exist():

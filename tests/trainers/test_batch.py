@@ -63,9 +63,29 @@ def test_token_columns_come_from_their_rollout(make_rollout):
     first = make_rollout([7], [1, 2], logprobs=[-1.0, -2.0], loss_mask=[1, 0])
     second = make_rollout([7], [3], index=1, logprobs=[-3.0], sampling_params=SamplingParams(temperature=0.5))
     batch = pack([first, second], [0.0, 0.0])
-    assert batch.rollout_logprobs.tolist() == [-1.0, -2.0, -3.0]
-    assert batch.loss_mask.tolist() == [1.0, 0.0, 1.0]
-    assert batch.temperature.tolist() == [1.0, 1.0, 0.5]
+    assert batch.rollout_logprobs.tolist() == [-1.0, -3.0]
+    assert batch.loss_mask.tolist() == [1.0, 1.0]
+    assert batch.temperature.tolist() == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("share_prompts", [True, False])
+def test_a_masked_token_is_seen_by_its_successors_and_nobodys_target(make_rollout, share_prompts):
+    rollout = make_rollout([7, 8], [1, 2, 3, 4], loss_mask=[1, 0, 0, 1], logprobs=[-1.0, 0.0, 0.0, -4.0])
+    batch = pack([rollout], [0.5], share_prompts)
+    assert batch.input_ids.tolist() == [7, 8, 1, 2, 3]
+    assert batch.target_rows.tolist() == [1, 4]
+    assert batch.target_ids.tolist() == [1, 4]
+    assert batch.rollout_logprobs.tolist() == [-1.0, -4.0]
+    assert batch.advantages.tolist() == [0.5, 0.5]
+    assert batch.sample_index.tolist() == [0, 0]
+
+
+def test_a_sample_that_is_masked_throughout_takes_no_rows(make_rollout):
+    masked = make_rollout([7, 8], [1, 2], loss_mask=[0, 0])
+    batch = pack([masked, make_rollout([7, 8], [5], index=1)], [0.0, 1.0])
+    assert batch.input_ids.tolist() == [7, 8]
+    assert batch.sample_index.tolist() == [1]
+    assert split_samples([masked], max_tokens=8) == []
 
 
 def test_greedy_samples_are_measured_at_temperature_one(make_rollout):

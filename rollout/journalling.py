@@ -1,0 +1,38 @@
+"""Journalling: where a pool's run is written down; carried to all processes that deliver rollouts or switch weights."""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from rollout.journal import Journal, JournalHeader
+from rollout.weight_archive import WeightArchive
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Journalling:
+    """Picklable; each process opens what it needs."""
+
+    run_directory: Path
+    header: JournalHeader
+    model_directory: Path
+    keep_weights_every: int | None  # versions that it divides are kept; None keeps none
+    keep_last: int | None  # of those, the latest so many; None is all
+
+    def open_journal(self) -> Journal:
+        """A writer of this process's own."""
+        name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:4]}"
+        return Journal(self.run_directory, self.header, writer_id=name[-64:].lstrip(".-"))
+
+    def open_archive(self) -> WeightArchive | None:
+        if self.keep_weights_every is None:
+            return None
+        return WeightArchive(
+            self.run_directory,
+            self.model_directory,
+            keep_weights_every=self.keep_weights_every,
+            keep_last=self.keep_last,
+        )

@@ -1,0 +1,272 @@
+"""Switch: takes all engines from one version of the weights to the next - staged first, then committed, then forward.
+
+Until the commit, whatever fails leaves every engine on the old weights. The commit is one assignment in this process:
+from then on the new version is in force, and an engine that fails to take it is replaced by one that starts with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from rollout.errors import EngineError, is_loss, translate
+from rollout.fleet import EngineRef, Fleet, Slot
+from rollout.journal import Journal
+from rollout.journalling import Journalling
+from rollout.requests import Partials
+from rollout.router import Router
+from rollout.sync_report import CommitReport, SyncMode
+from rollout.weight_archive import WeightArchive
+from rollout.weight_sync import StoredBucket
+
+LEASE_SECONDS = 120.0  # after which a sync that nobody goes on with gives way to the next
+LOST_CALLER_SECONDS = 60.0  # for which a lost engine's groups may fail to go on elsewhere: their caller may be gone too
+
+Life = tuple[int, int]  # engine id and incarnation
+
+
+@dataclass(slots=True)
+class _Sync:
+    """Weights on their way."""
+
+    sync_id: str
+    policy_version: int
+    buckets: list[StoredBucket] = field(default_factory=list)
+    num_staged: dict[Life, int] = field(default_factory=dict)  # buckets that an engine holds
+    touched: float = field(default_factory=time.monotonic)
+    is_committing: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Weights:
+    """The weights in force, for engines that come later."""
+
+    policy_version: int
+    buckets: list[StoredBucket]
+
+
+class Switch:
+    """Runs in the coordinator's event loop; one sync at a time, in the order in which they ask."""
+
+    def __init__(self, fleet: Fleet, router: Router, keep: Callable[[Partials], None]) -> None:
+        """keep: takes what an engine had drawn before it acknowledged new weights."""
+        self.policy_version = 0  # what engines start with
+        self._fleet, self._router, self._keep = fleet, router, keep
+        self._weights: _Weights | None = None  # None: those of the model's directory
+        self._sync: _Sync | None = None
+        self._turn = asyncio.Condition()
+        self._finishing: set[Life] = set()  # engines that let nothing new begin, until they switch
+        self._is_finishing = False
+        self._journal: Journal | None = None
+        self._archive: WeightArchive | None = None
+        self._caught_up: dict[Life, CommitReport] = {}  # engines that came later
+        self._lost_groups: set[str] = set()  # that must end under the old weights, wherever they go on
+        self._moved_groups: set[str] = set()  # of these, those that go on
+
+    async def begin(self, sync_id: str, policy_version: int, rollback: bool) -> None:
+        """Waits for the sync before it. ValueError unless the version is new."""
+        self._check_version(policy_version, rollback)
+        async with self._turn:
+            while self._sync is not None and not self._is_abandoned(self._sync):
+                with_lease = asyncio.wait_for(self._turn.wait(), LEASE_SECONDS / 10)
+                try:
+                    await with_lease
+                except TimeoutError:
+                    continue
+            if self._sync is not None:
+                self._discard(self._sync)
+            self._check_version(policy_version, rollback)
+            self._sync = _Sync(sync_id, policy_version)
+
+    async def stage(self, sync_id: str, bucket: StoredBucket) -> None:
+        """First phase: every serving engine holds the bucket and has verified it."""
+        sync = self._current(sync_id)
+        sync.buckets.append(bucket)
+        await asyncio.gather(*(self._stage_at(slot.ref, sync, len(sync.buckets)) for slot in self._fleet.serving()))
+
+    async def commit(self, sync_id: str, mode: SyncMode, checksum: bytes) -> list[CommitReport]:
+        """Second phase; it runs to its end whatever becomes of the caller. Reports of the engines that switched.
+
+        checksum: of the weights, for the journal. JournalError, with every engine on its old weights, if it is full.
+        """
+        sync = self._current(sync_id)
+        sync.is_committing = True
+        try:
+            if mode == "wait":
+                await self._finish_started()
+            await self._fleet.wait_for_serving()
+            await asyncio.gather(*(self._stage_at(slot.ref, sync, len(sync.buckets)) for slot in self._fleet.serving()))
+            await asyncio.to_thread(self._write_down, sync, mode, checksum)
+            self.policy_version = sync.policy_version
+            self._weights = _Weights(policy_version=sync.policy_version, buckets=sync.buckets)
+            refs = [slot.ref for slot in self._fleet.serving()]
+            engine_mode = "recompute" if mode == "wait" else mode
+            reports = await asyncio.gather(*(self._commit_at(ref, sync, engine_mode) for ref in refs))
+            return [report for report in reports if report is not None] or [await self._first_caught_up()]
+        finally:
+            await self._stop_finishing()
+            await self._clear(sync)
+
+    def end(self, sync_id: str) -> None:
+        """Drops a sync that was not committed; nothing happens if there is none."""
+        if self._sync is not None and self._sync.sync_id == sync_id and not self._sync.is_committing:
+            self._discard(self._sync)
+            self._fleet.spawn(self._clear(self._sync))
+
+    async def catch_up(self, ref: EngineRef) -> bool:
+        """Gives a fresh engine the weights in force; whether they still are when it has them."""
+        weights = self._weights
+        if weights is not None:
+            sync = _Sync(f"catch-up-{weights.policy_version}", weights.policy_version, weights.buckets)
+            for bucket in weights.buckets:
+                await ref.actor.stage_weights.remote(sync.sync_id, bucket)
+            report = await ref.actor.commit_weights.remote(sync.sync_id, weights.policy_version, "recompute")
+            self._caught_up[_life(ref)] = report
+        return self._weights is weights
+
+    def keep_journal(self, journalling: Journalling) -> None:
+        self._journal, self._archive = journalling.open_journal(), journalling.open_archive()
+
+    def close(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
+
+    def _write_down(self, sync: _Sync, mode: SyncMode, checksum: bytes) -> None:
+        """Before the version is in force; so the journal knows every version that ever drew a token."""
+        if self._journal is None:
+            return
+        path = None
+        if self._archive is not None and self._archive.wants(sync.policy_version):
+            path = self._archive.save(sync.policy_version, _tensors(sync.buckets))
+        self._journal.write_switch(sync.policy_version, checksum.hex(), mode, path)
+
+    async def _first_caught_up(self) -> CommitReport:
+        """No engine lived through the switch: the first of those that come after."""
+        await self._fleet.wait_for_serving()
+        return self._caught_up[_life(self._fleet.serving()[0].ref)]
+
+    # --- requests that must end under the old weights ---
+
+    def finishing_engines(self) -> set[int]:
+        """Where a group that must end under the old weights would not begin."""
+        return {engine_id for engine_id, _ in self._finishing}
+
+    def note_lost(self, group_ids: Iterable[str]) -> None:
+        if self._is_finishing:
+            self._lost_groups.update(group_ids)
+            self._moved_groups.difference_update(self._lost_groups)
+
+    def note_moved(self, group_ids: Iterable[str]) -> None:
+        """They go on, at an engine that ends them before it switches."""
+        self._moved_groups.update(self._lost_groups.intersection(group_ids))
+
+    def note_released(self, group_ids: Iterable[str]) -> None:
+        self._lost_groups.difference_update(group_ids)
+        self._moved_groups.difference_update(group_ids)
+
+    async def _finish_started(self) -> None:
+        """Every engine ends what it has begun. What a lost one had is drawn again first, by its replacement."""
+        self._is_finishing = True
+        while True:
+            await self._wait_for_lost_groups()
+            todo = [slot for slot in self._fleet.serving() if _life(slot.ref) not in self._finishing]
+            if not todo and not self._lost_groups:
+                return
+            await asyncio.gather(*(self._finish_at(slot) for slot in todo))
+
+    async def _finish_at(self, slot: Slot) -> None:
+        ref = slot.ref
+        self._finishing.add(_life(ref))
+        try:
+            await ref.actor.finish_started.remote()
+        except Exception as error:
+            self._finishing.discard(_life(ref))
+            self._fleet.lose(ref.engine_id, ref.incarnation, str(translate(str(ref), error)))
+
+    async def _wait_for_lost_groups(self) -> None:
+        last_move = time.monotonic()
+        while self._lost_groups:
+            await asyncio.sleep(0.02)
+            has_place = any(_life(slot.ref) not in self._finishing for slot in self._fleet.serving())
+            if not has_place or self._lost_groups == self._moved_groups:
+                last_move = time.monotonic()
+            if time.monotonic() - last_move > LOST_CALLER_SECONDS:
+                self._lost_groups.intersection_update(self._moved_groups)
+
+    async def _stop_finishing(self) -> None:
+        """Engines that did not switch go on under the weights they have."""
+        paused, self._finishing, self._is_finishing = self._finishing, set(), False
+        self._lost_groups.clear()
+        self._moved_groups.clear()
+        refs = [slot.ref for slot in self._fleet.serving() if _life(slot.ref) in paused]
+        await asyncio.gather(*(ref.actor.resume.remote() for ref in refs), return_exceptions=True)
+
+    # --- one engine ---
+
+    async def _stage_at(self, ref: EngineRef, sync: _Sync, num_buckets: int) -> None:
+        """Gives an engine the buckets that it lacks, which is all of them where it is new."""
+        try:
+            while (num_staged := sync.num_staged.get(_life(ref), 0)) < num_buckets:
+                sync.num_staged[_life(ref)] = num_staged + 1
+                await ref.actor.stage_weights.remote(sync.sync_id, sync.buckets[num_staged])
+                sync.touched = time.monotonic()
+        except Exception as error:
+            self._lose_or_raise(ref, error)
+
+    async def _commit_at(self, ref: EngineRef, sync: _Sync, mode: SyncMode) -> CommitReport | None:
+        try:
+            report = await ref.actor.commit_weights.remote(sync.sync_id, sync.policy_version, mode)
+        except Exception as error:  # whatever it is: the version is in force, so an engine without it must go
+            self._fleet.lose(ref.engine_id, ref.incarnation, str(translate(str(ref), error)))
+            return None
+        self._keep(report.partials)
+        return replace(report, partials={})
+
+    def _lose_or_raise(self, ref: EngineRef, error: Exception) -> None:
+        failure = translate(str(ref), error)
+        if not is_loss(error):
+            raise failure from error
+        self._fleet.lose(ref.engine_id, ref.incarnation, str(failure))
+
+    # --- whose turn it is ---
+
+    def _check_version(self, policy_version: int, rollback: bool) -> None:
+        if policy_version > self.policy_version or (rollback and policy_version != self.policy_version):
+            return
+        raise ValueError(
+            f"policy_version={policy_version} must be greater than the engines' {self.policy_version}: every sync "
+            "needs a new version, or rollback=True to go back to an older one"
+        )
+
+    def _current(self, sync_id: str) -> _Sync:
+        if self._sync is None or self._sync.sync_id != sync_id:
+            raise EngineError(f"this weight sync paused for more than {LEASE_SECONDS:g} s and gave way to another one")
+        self._sync.touched = time.monotonic()
+        return self._sync
+
+    def _is_abandoned(self, sync: _Sync) -> bool:
+        return not sync.is_committing and time.monotonic() - sync.touched > LEASE_SECONDS
+
+    def _discard(self, sync: _Sync) -> None:
+        for slot in self._fleet.serving():
+            slot.actor.discard_weights.remote(sync.sync_id)
+
+    async def _clear(self, sync: _Sync) -> None:
+        async with self._turn:
+            if self._sync is sync:
+                self._sync = None
+            self._turn.notify_all()
+
+
+def _tensors(buckets: Iterable[StoredBucket]) -> Iterator[tuple[str, torch.Tensor]]:
+    for bucket in buckets:
+        for name, array in bucket.open().arrays.items():
+            yield name, torch.from_numpy(array)
+
+
+def _life(ref: EngineRef) -> Life:
+    return ref.engine_id, ref.incarnation

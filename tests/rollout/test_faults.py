@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+import psutil
+import pytest
+
+from engine import LLMEngine, SamplingParams
+from rollout import EngineError, RolloutPool
+
+PARAMS = SamplingParams(n=2, max_tokens=24, ignore_eos=True)
+LONG = SamplingParams(n=2, max_tokens=200, ignore_eos=True)
+PROMPTS = [[7 + i, 11, 13 + i, 17] for i in range(16)]
+IDS = [f"p{i}" for i in range(len(PROMPTS))]
+
+
+def wait_for(condition, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def wait_for_tokens(pool: RolloutPool) -> None:
+    """Until every engine has drawn some more."""
+    before = [stats.num_generated_tokens for stats in pool.stats().engines]
+
+    def have_drawn() -> bool:
+        now = [stats.num_generated_tokens for stats in pool.stats().engines]
+        return all(after > start + 50 for start, after in zip(before, now, strict=True))
+
+    wait_for(have_drawn)
+
+
+def kill(pool: RolloutPool, place: int = 0) -> None:
+    os.kill(pool.engine_infos[place].pid, signal.SIGKILL)
+
+
+@dataclass
+class Versions:
+    """Hands out policy versions that increase from test to test."""
+
+    version: int = 0
+
+    def next(self) -> int:
+        self.version += 1
+        return self.version
+
+
+@pytest.fixture(scope="module")
+def versions() -> Versions:
+    return Versions()
+
+
+@pytest.fixture(scope="module")
+def pool(local_ray, config):
+    with RolloutPool(config, num_engines=2, seed=5, hang_seconds=3.0) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pool):
+    """Drawn under the weights that the model came with."""
+    return pool.generate(PROMPTS, LONG, group_ids=IDS)
+
+
+@pytest.fixture
+def whole_pool(pool):
+    """With all its engines; afterwards nothing is left in any of them."""
+    wait_for(lambda: len(pool.stats().engines) == 2)
+    yield pool
+    assert pool.stats().num_groups_running == 0
+    pool.check_integrity()
+
+
+def in_order(stream) -> list:
+    return sorted(stream, key=lambda group: IDS.index(group[0].group_id))
+
+
+def test_a_killed_engine_is_replaced_and_its_rollouts_are_the_same_bits(whole_pool, undisturbed):
+    before = whole_pool.stats()
+    stream = whole_pool.stream(PROMPTS, LONG, group_ids=IDS)
+    wait_for_tokens(whole_pool)
+    kill(whole_pool)
+    assert in_order(stream) == undisturbed
+    stats = whole_pool.stats()
+    assert stats.num_restarts == before.num_restarts + 1
+    assert 0 < stats.num_redrawn_groups - before.num_redrawn_groups <= len(PROMPTS)
+    assert stats.faults[-1].phase == "serve"
+    assert "died" in stats.faults[-1].cause
+
+
+def test_all_engines_may_die_at_once(whole_pool, undisturbed):
+    stream = whole_pool.stream(PROMPTS, LONG, group_ids=IDS)
+    wait_for_tokens(whole_pool)
+    for pid in [info.pid for info in whole_pool.engine_infos]:
+        os.kill(pid, signal.SIGKILL)
+    assert in_order(stream) == undisturbed
+
+
+def test_an_engine_that_hangs_is_named_killed_and_replaced(whole_pool, undisturbed):
+    stream = whole_pool.stream(PROMPTS, LONG, group_ids=IDS)
+    wait_for_tokens(whole_pool)
+    os.kill(whole_pool.engine_infos[0].pid, signal.SIGSTOP)
+    assert in_order(stream) == undisturbed
+    fault = whole_pool.stats().faults[-1]
+    assert fault.phase == "hang"
+    assert "has not answered for 3 s" in fault.cause
+
+
+def test_scaling_down_and_up_while_groups_run_changes_no_bit(whole_pool, undisturbed):
+    before = whole_pool.stats().num_restarts
+    pids = [info.pid for info in whole_pool.engine_infos]
+    stream = whole_pool.stream(PROMPTS, LONG, group_ids=IDS)
+    wait_for_tokens(whole_pool)
+    assert [info.pid for info in whole_pool.scale(1)] == pids[:1]
+    wait_for(lambda: not psutil.pid_exists(pids[1]))
+    assert len(whole_pool.scale(2)) == 2
+    assert in_order(stream) == undisturbed
+    assert whole_pool.stats().num_restarts == before
+    with pytest.raises(ValueError, match="num_engines=0"):
+        whole_pool.scale(0)
+
+
+def test_a_replacement_takes_the_weights_in_force(whole_pool, versions, make_weights, forward_logprobs):
+    weights, version = make_weights(3), versions.next()
+    whole_pool.sync_weights(weights, version)
+    before = whole_pool.generate(PROMPTS[:4], PARAMS, group_ids=IDS[:4])
+    for pid in [info.pid for info in whole_pool.engine_infos]:
+        os.kill(pid, signal.SIGKILL)
+    assert whole_pool.generate(PROMPTS[:4], PARAMS, group_ids=IDS[:4]) == before
+    assert {version for group in before for rollout in group for version in rollout.policy_versions} == {version}
+    assert before[0][0].logprobs == forward_logprobs(weights, before[0][0])
+
+
+def test_tokens_of_an_older_version_survive_their_engine(whole_pool, versions, make_weights, forward_logprobs):
+    old, new = versions.next(), versions.next()
+    weights = {version: make_weights(version) for version in (old, new)}
+    whole_pool.sync_weights(weights[old], old)
+    stream = whole_pool.stream(PROMPTS[:4], LONG, group_ids=IDS[:4])
+    wait_for_tokens(whole_pool)
+    whole_pool.sync_weights(weights[new], new)
+    for pid in [info.pid for info in whole_pool.engine_infos]:
+        os.kill(pid, signal.SIGKILL)
+    rollouts = [rollout for group in stream for rollout in group]
+    assert {version for rollout in rollouts for version in rollout.policy_versions} == {old, new}
+    for rollout in rollouts:
+        assert len(rollout.token_ids) == LONG.max_tokens
+        under = {version: forward_logprobs(weights[version], rollout) for version in weights}
+        assert rollout.logprobs == [under[v][i] for i, v in enumerate(rollout.policy_versions)]
+
+
+@pytest.mark.parametrize("mode", ["recompute", "wait"])
+def test_an_engine_killed_in_a_sync_costs_nothing(whole_pool, versions, make_weights, forward_logprobs, mode):
+    old, new = versions.next(), versions.next()
+    weights = {version: make_weights(version) for version in (old, new)}
+    whole_pool.sync_weights(weights[old], old)
+    whole = whole_pool.generate(PROMPTS, LONG, group_ids=IDS)
+    stream = whole_pool.stream(PROMPTS, LONG, group_ids=IDS)
+    wait_for_tokens(whole_pool)
+    killer = threading.Timer(0.05, kill, (whole_pool, 1))
+    killer.start()
+    assert whole_pool.sync_weights(weights[new], new, mode=mode).is_lockstep
+    groups = in_order(stream)
+    killer.join()
+    wait_for(lambda: len(whole_pool.stats().engines) == 2)
+    assert {stats.policy_version for stats in whole_pool.stats().engines} == {new}
+    if mode == "wait":  # all had begun, so all end as if nothing had happened
+        assert groups == whole
+        return
+    for rollout in [rollout for group in groups for rollout in group][::5]:
+        under = {version: forward_logprobs(weights[version], rollout) for version in weights}
+        assert rollout.logprobs == [under[v][i] for i, v in enumerate(rollout.policy_versions)]
+
+
+def test_a_step_that_hangs_is_named_with_its_phase_and_requests(local_ray, config, tmp_path):
+    class Hanging(LLMEngine):
+        def step(self):
+            if self.stats().num_steps == 5 and not (tmp_path / "hung-once").exists():
+                (tmp_path / "hung-once").touch()
+                time.sleep(600)
+            return super().step()
+
+    with RolloutPool(config, seed=5, hang_seconds=2.0, engine_factory=Hanging) as pool:
+        [group] = pool.generate([[5, 6]], PARAMS, group_ids=["slow"])
+        assert len(group) == PARAMS.n
+        [fault] = pool.stats().faults
+    assert fault.phase == "hang"
+    assert "in phase 'step'" in fault.cause
+    assert "1 groups open (slow)" in fault.cause
+
+
+def test_a_group_that_ends_every_engine_is_given_up_with_the_cause(local_ray, config):
+    class Failing(LLMEngine):
+        def step(self):
+            if any(len(request.prompt_token_ids) == 3 for request in self.scheduler.running):
+                raise ZeroDivisionError("the step went wrong")
+            return super().step()
+
+    with RolloutPool(config, engine_factory=Failing) as pool:
+        with pytest.raises(EngineError, match=r"engine 0 failed: .*went wrong; that was engine number \d under"):
+            pool.generate([[5, 6, 7]], PARAMS)
+        assert len(pool.generate([[5, 6]], PARAMS)[0]) == PARAMS.n  # the pool goes on
+
+
+def test_an_engine_that_cannot_come_back_is_an_error_with_its_cause(local_ray, config, tmp_path):
+    class Once(LLMEngine):
+        def __init__(self, config):
+            marker = tmp_path / "started"
+            if marker.exists():
+                raise OSError("the weights are gone")
+            marker.touch()
+            super().__init__(config)
+
+    with RolloutPool(config, engine_factory=Once) as pool:
+        stream = pool.stream([[5, 6]], LONG)
+        kill(pool)
+        with pytest.raises(EngineError, match=r"no engine is left to draw.*OSError: the weights are gone"):
+            list(stream)
+        assert [fault.phase for fault in pool.stats().faults] == ["serve", "start", "start", "start"]
+
+
+def test_the_death_of_the_driver_ends_its_engines(config, tmp_path):
+    script = f"""
+import sys; sys.path.insert(0, {os.getcwd()!r})
+from rollout import EngineConfig, RolloutPool, SamplingParams
+pool = RolloutPool(EngineConfig({config.model!r}, num_threads=1, num_blocks=512), num_engines=2)
+stream = pool.stream([[5, 6]] * 64, SamplingParams(max_tokens=400, ignore_eos=True))
+print(*(info.pid for info in pool.engine_infos), flush=True)
+list(stream)
+"""
+    driver = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    pids = [int(pid) for pid in driver.stdout.readline().split()]
+    assert len(pids) == 2
+    driver.kill()
+    driver.wait()
+    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in pids))
