@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -33,12 +34,13 @@ def _no_process_is_left() -> Iterator[None]:
 
 
 def reward_processes() -> set[int]:
-    """Reward processes of this one, zombies included."""
+    """Reward processes that this one has started."""
     found = set()
-    for thread in Path("/proc/self/task").iterdir():
-        for child in (thread / "children").read_text().split():
-            if "reward_process" in Path("/proc", child, "cmdline").read_text():
-                found.add(int(child))
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if parent == os.getpid() and "reward_process" in (entry / "cmdline").read_text():
+                found.add(int(entry.name))
     return found
 
 
