@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +69,7 @@ def train(options: Options) -> None:
     def on_step(metrics: dict[str, float]) -> None:
         recorder.record(metrics, trainer.batch, trainer.environment)
 
-    with contextlib.closing(run), closing(reward), display, user_errors(until=lambda: run.has_metrics):
+    with contextlib.closing(run), display, user_errors(until=lambda: run.has_metrics):
         trainer = GRPOTrainer(
             grpo_config, engine_config, problems.train_rows, [reward], eval_rows=held_out_rows, callbacks=[on_step]
         )
@@ -177,16 +177,6 @@ def make_run_display(options: Options, path: Path, num_held_out: int) -> PlainDi
         phase="starting Ray, engine and trainer",
     )
     return make_display(progress, options.output.display)
-
-
-@contextlib.contextmanager
-def closing(reward: RewardFunction) -> Iterator[None]:
-    """Ends the process that a reward may hold."""
-    close: Callable[[], None] = getattr(reward, "close", lambda: None)
-    try:
-        yield
-    finally:
-        close()
 
 
 def _configured(config_class: type, values: dict[str, Any]) -> Any:

@@ -143,6 +143,10 @@ class Options:
     """"sums", a .jsonl or .parquet file with `prompt` and `answer`, a task of reasoning_gym, or a hub id."""
     reward: RewardName = "auto"
     """Judge of a completion. auto is exact_match for sums, task_score for reasoning_gym, else math_verify."""
+    reward_timeout: float = 30.0
+    """Seconds to judge the samples of one prompt, or one alone; what takes longer is ended, left out and counted."""
+    reward_processes: int = 1
+    """Processes that judge completions; 0 judges them in the main process, where nothing can be ended."""
     shuffle_rewards: bool = False
     """A control: deal each step's rewards out to its samples at random. Such a run must not learn."""
     num_steps: int = 60

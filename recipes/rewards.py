@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 from .data import SUMS, Row
-from .math_verifier import MathVerifier
+from .math_equality import equals
 
 RewardName = Literal["auto", "exact_match", "numeric", "math_verify", "task_score"]
 RewardFunction = Callable[..., list[float | None]]
@@ -27,9 +27,7 @@ def make_reward(name: RewardName, dataset: str, rows: Sequence[Row]) -> RewardFu
         name = "exact_match" if dataset == SUMS else "task_score" if _are_task_rows(rows) else "math_verify"
     if name == "task_score" and not _are_task_rows(rows):
         raise ValueError(f"reward 'task_score' needs a task of reasoning_gym as the dataset; {dataset!r} isn't one")
-    functions = {"exact_match": exact_match, "numeric": numeric, "task_score": task_score}
-    if name == "math_verify":
-        return MathVerifyReward()
+    functions = {"exact_match": exact_match, "numeric": numeric, "math_verify": math_verify, "task_score": task_score}
     if name not in functions:
         raise ValueError(f"reward={name!r} is unknown; choose one of {', '.join(get_args(RewardName))}")
     return functions[name]
@@ -53,6 +51,16 @@ def numeric(prompts: Sequence[Any], completions: Sequence[Any], **columns: Seque
     ]
 
 
+def math_verify(prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]) -> list[float | None]:
+    """1 where math-verify finds completion and answer equal, else 0; None if the answer is empty.
+
+    Nothing limits its time here: it is to run in a process that a deadline can end (trainers.RewardScorer).
+    """
+    answers = _answers(columns)
+    grades = [equals(completion_text(text), answer) for text, answer in zip(completions, answers, strict=True)]
+    return [None if grade is None else float(grade) for grade in grades]
+
+
 def task_score(prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]) -> list[float | None]:
     """The score, 0 to 1, that the reasoning_gym task itself gives to the text in <answer> tags, or to all of it."""
     from reasoning_gym import get_score_answer_fn
@@ -67,28 +75,6 @@ def task_score(prompts: Sequence[Any], completions: Sequence[Any], **columns: Se
         )
         for prompt, completion, answer, task, metadata in rows
     ]
-
-
-class MathVerifyReward:
-    """1 where math-verify finds completion and answer equal, else 0; None where it can't tell in time."""
-
-    __name__ = "math_verify"
-
-    def __init__(self, timeout_seconds: float = 10.0) -> None:
-        self.verifier = MathVerifier(timeout_seconds)
-
-    def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]
-    ) -> list[float | None]:
-        answers = _answers(columns)
-        grades = [
-            self.verifier.grade(completion_text(completion), answer)
-            for completion, answer in zip(completions, answers, strict=True)
-        ]
-        return [None if grade is None else float(grade) for grade in grades]
-
-    def close(self) -> None:
-        self.verifier.close()
 
 
 def completion_text(completion: Any) -> str:

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from kernels.logprobs import token_logprobs
-from trainers.advantages import group_advantages
-from trainers.batch import PackedBatch, pack, pack_micro_batches
-from trainers.episodes import episode_metrics, episode_rewards
-from trainers.grpo import GRPOTrainer
-from trainers.grpo_config import GRPOConfig
-from trainers.losses import LossOutput, kl_estimate, kl_loss, policy_loss
-from trainers.policy import Policy
+import importlib
 
-__all__ = [
-    "GRPOConfig",
-    "GRPOTrainer",
-    "LossOutput",
-    "PackedBatch",
-    "Policy",
-    "episode_metrics",
-    "episode_rewards",
-    "group_advantages",
-    "kl_estimate",
-    "kl_loss",
-    "pack",
-    "pack_micro_batches",
-    "policy_loss",
-    "token_logprobs",
-]
+_HOMES = {
+    "GRPOConfig": "trainers.grpo_config",
+    "GRPOTrainer": "trainers.grpo",
+    "LossOutput": "trainers.losses",
+    "PackedBatch": "trainers.batch",
+    "Policy": "trainers.policy",
+    "RewardScorer": "trainers.rewards",
+    "Rewards": "trainers.rewards",
+    "episode_metrics": "trainers.episodes",
+    "episode_rewards": "trainers.episodes",
+    "from_verl": "trainers.verl_rewards",
+    "group_advantages": "trainers.advantages",
+    "kl_estimate": "trainers.losses",
+    "kl_loss": "trainers.losses",
+    "pack": "trainers.batch",
+    "pack_micro_batches": "trainers.batch",
+    "policy_loss": "trainers.losses",
+    "token_logprobs": "kernels.logprobs",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    """Finds a public name in its module (PEP 562), so that a process that runs rewards does not import torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'trainers' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

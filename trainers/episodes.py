@@ -41,7 +41,7 @@ def _reward(rollout: Rollout) -> float:
     if "reward" not in rollout.metadata:
         raise ValueError(
             f"rollout {rollout.group_id}[{rollout.index}] has no 'reward' in its metadata: it was not played by an "
-            "EpisodeRunner, so use trainers.rewards.score"
+            "EpisodeRunner, so use trainers.RewardScorer"
         )
     reward = rollout.metadata["reward"]
     return math.nan if reward is None else reward

@@ -19,7 +19,8 @@ from rollout import EngineConfig, Rollout, RolloutPool, SamplingParams
 from trainers.advantages import group_advantages, has_spread, shuffle_rewards
 from trainers.grpo_config import GRPOConfig
 from trainers.metrics import PhaseTimer, response_metrics, reward_metrics
-from trainers.rewards import RewardFunction, Rewards, function_names, score
+from trainers.reward_calls import RewardFunction, require_columns
+from trainers.rewards import Rewards, RewardScorer
 from trainers.trainer_actor import start_trainer_actor
 
 Row = Mapping[str, Any]
@@ -61,8 +62,8 @@ class GRPOTrainer:
     ) -> None:
         self.config, self.engine_config = config, engine_config
         self.reward_functions = [reward_functions] if callable(reward_functions) else list(reward_functions)
-        function_names(self.reward_functions)
         self.rows = _checked_rows(rows)
+        require_columns(self.reward_functions, {name for row in self.rows for name in row if name != "prompt"})
         self.eval_rows = eval_rows or ()
         self.right_completions = [_right_completions(row, config.answer_template) for row in self.eval_rows]
         self.callbacks, self.on_phase = tuple(callbacks), on_phase
@@ -79,6 +80,7 @@ class GRPOTrainer:
         """
         config = self.config
         with (
+            self._scorer() as scorer,
             RolloutPool(self.engine_config, num_engines=config.num_engines, seed=config.seed) as pool,
             _sigterm_as_interrupt(),
             _trainer_actor(config, pool) as trainer,
@@ -86,18 +88,20 @@ class GRPOTrainer:
             self.environment = self._environment(pool, trainer)
             history = [self._report(self._evaluate(0, trainer))]
             for step, rows in enumerate(self._batches(), start=1):
-                metrics = self._step(step, rows, pool, trainer)
+                metrics = self._step(step, rows, pool, trainer, scorer)
                 history.append(self._report(metrics | self._evaluate(step, trainer)))
             self._save_weights(trainer)
         return history
 
-    def _step(self, step: int, rows: Sequence[Row], pool: RolloutPool, trainer: Any) -> dict[str, float]:
+    def _step(
+        self, step: int, rows: Sequence[Row], pool: RolloutPool, trainer: Any, scorer: RewardScorer
+    ) -> dict[str, float]:
         timer = PhaseTimer(self.on_phase)
         with timer("rollout"):
             group_ids = [f"step{step}-prompt{p}" for p in range(len(rows))]
             groups = pool.generate([row["prompt"] for row in rows], self.sampling_params, group_ids=group_ids)
         with timer("reward"):
-            rewards = score(self.reward_functions, rows, groups)
+            rewards = scorer.score(rows, groups)
             total = self._shuffled(rewards.total, step) if self.config.shuffle_rewards else rewards.total
             advantages = self._advantages(total)
         with timer("train"):
@@ -118,6 +122,10 @@ class GRPOTrainer:
             "perf/engine_num_threads": self.environment["engine"]["num_threads"],
             "perf/trainer_num_threads": self.environment["trainer"]["num_threads"],
         }
+
+    def _scorer(self) -> RewardScorer:
+        config = self.config
+        return RewardScorer(self.reward_functions, num_processes=config.reward_processes, timeout=config.reward_timeout)
 
     def _shuffled(self, total: torch.Tensor, step: int) -> torch.Tensor:
         return shuffle_rewards(total, torch.Generator().manual_seed(self.config.seed * 1_000_003 + step))

@@ -62,6 +62,11 @@ class GRPOConfig:
     shuffle_rewards: bool = False
     """Deal rewards out at random over the batch: a control that must not learn."""
 
+    reward_timeout: float = 30.0
+    """Seconds that a reward function may take over the samples of one prompt, and over each alone if that fails."""
+    reward_processes: int = 1
+    """Processes that run reward functions and can be killed; 0 runs them in the trainer's own."""
+
     num_engines: int = 1
     """Engine actors that generate."""
     num_threads: int | None = None
@@ -83,9 +88,10 @@ class GRPOConfig:
         positive = ("num_prompts", "group_size", "num_iterations", "max_tokens", "num_engines", "micro_batch_tokens")
         for name in positive:
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("num_steps", "warmup_steps", "eval_every", "weight_decay", "kl_coef", "advantage_epsilon"):
+        not_negative = ("num_steps", "warmup_steps", "eval_every", "weight_decay", "kl_coef", "advantage_epsilon")
+        for name in (*not_negative, "reward_processes"):
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
-        for name in ("learning_rate", "max_grad_norm", "clip_high"):
+        for name in ("learning_rate", "max_grad_norm", "clip_high", "reward_timeout"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
         _require(0 < self.clip_low <= 1, f"clip_low={self.clip_low} must be above 0 and at most 1")
         _require(self.temperature > 0, f"temperature={self.temperature} must be above 0: greedy groups have no spread")

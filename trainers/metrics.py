@@ -23,6 +23,7 @@ def reward_metrics(rewards: Rewards) -> dict[str, float]:
     metrics = {
         "frac_reward_zero_std": 1.0 - has_spread(rewards.total).float().mean().item(),
         "reward/num_failed": rewards.num_failed,
+        "reward/num_timed_out": rewards.num_timed_out,
         "reward/num_masked": int((~is_valid).sum()),
     }
     if is_valid.any():

@@ -1,138 +1,151 @@
-"""Rewards: runs reward functions over a batch of rollouts; what fails is masked and counted, never scored 0."""
+"""Rewards: scores rollouts with reward functions; what fails or overruns is masked and counted, never scored 0."""
 
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
-import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import reduce
+from itertools import chain
 from typing import Any
 
 import torch
 
 from rollout import Rollout
+from trainers.reward_calls import Answer, Call, RewardFunction, ask, function_names, settle
+from trainers.reward_workers import RewardWorkers
 
 logger = logging.getLogger(__name__)
-
-RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
-"""f(prompts, completions, **columns) -> a reward for each completion, None for one that can't be judged (as TRL's)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rewards:
-    """What the reward functions said about a batch of P groups of G samples."""
+    """What the reward functions said about P groups of G samples."""
 
     total: torch.Tensor  # [P, G] float32, sum over the functions; NaN where a sample is masked
     by_function: dict[str, torch.Tensor]  # name -> [P, G] float32, NaN where that function gave nothing
-    num_failed: int  # samples masked because a function raised, gave a wrong length, or something that is no number
+    num_failed: int  # samples masked because a function raised, died, gave a wrong length, or what is no number
+    num_timed_out: int = 0  # samples masked because a function gave nothing before the deadline
 
 
-def score(
-    functions: Sequence[RewardFunction], rows: Sequence[Mapping[str, Any]], groups: Sequence[Sequence[Rollout]]
-) -> Rewards:
-    """Score groups[p], the samples of rows[p], with every function, and add the functions up.
+class RewardScorer:
+    """Scores groups of samples with reward functions, in processes of their own or, with num_processes=0, in this one.
 
-    Each function is called once, with one entry per sample in every list: prompts, completions (text; for chat
-    prompts a list with the assistant's message) and the rows' columns, of which it gets those that its signature
-    takes. Coroutine functions run at the same time. Masked is every sample of a call that raises or returns the
-    wrong number of rewards, and each one whose reward is None, NaN, infinite or no number.
+    A function is called with the samples of one prompt: one entry per sample in every list, prompts, completions
+    (text; for chat prompts a list with the assistant's message), completion_ids and the row's columns, of which it
+    gets those that its signature takes. A call that raises, overruns `timeout` seconds, kills its process or gives
+    a wrong number of rewards is made once more for each of its samples alone, so that the rest of the group keeps its
+    rewards. Where a function compares the samples of a group, set `compares_samples = True` on it: it then never sees
+    a part of one.
+
+    In a process, a call that overruns is killed. In this process only coroutine functions can be ended, and only
+    where they wait.
     """
-    shape = len(groups), len(groups[0])
-    num_samples = shape[0] * shape[1]
-    answers = _call_all(functions, _arguments(rows, groups))
-    checked = [_checked(name, answer, num_samples) for name, answer in zip(function_names(functions), answers)]
-    by_function = {
-        name: torch.tensor(rewards, dtype=torch.float32).reshape(shape)
-        for name, (rewards, _) in zip(function_names(functions), checked)
-    }
-    return Rewards(
-        # NaN spreads through the sum: a sample that one function could not judge has no total.
-        total=torch.stack(list(by_function.values())).sum(dim=0),
-        by_function=by_function,
-        num_failed=sum(any(failed) for failed in zip(*(failed for _, failed in checked))),
-    )
+
+    def __init__(self, functions: Sequence[RewardFunction], *, num_processes: int = 1, timeout: float = 30.0) -> None:
+        if num_processes < 0 or timeout <= 0:
+            raise ValueError(f"num_processes={num_processes} must not be negative, and timeout={timeout} be above 0")
+        self.functions, self.names, self.timeout = list(functions), function_names(functions), timeout
+        self._workers = RewardWorkers(self.functions, num_processes, timeout) if num_processes else None
+        self._logged: set[tuple[str, str]] = set()
+
+    def submit(self, row: Mapping[str, Any], group: Sequence[Rollout]) -> PendingRewards:
+        """Begin to score the samples of one row; without processes, do it now."""
+        arguments = _arguments(row, group)
+        calls = [
+            Call(
+                function_index=i,
+                arguments=arguments,
+                is_divisible=not getattr(function, "compares_samples", False),
+            )
+            for i, function in enumerate(self.functions)
+        ]
+        if self._workers is not None:
+            return PendingRewards(self, [self._workers.submit(call) for call in calls])
+        futures: list[Future[Answer]] = [Future() for _ in calls]
+        for future, answer in zip(futures, settle(calls, self._ask_here), strict=True):
+            future.set_result(answer)
+        return PendingRewards(self, futures)
+
+    def score(self, rows: Sequence[Mapping[str, Any]], groups: Sequence[Sequence[Rollout]]) -> Rewards:
+        """Score groups[p], the samples of rows[p], with every function, and add the functions up."""
+        pending = [self.submit(row, group) for row, group in zip(rows, groups, strict=True)]
+        return self.gather(pending)
+
+    def gather(self, pending: Sequence[PendingRewards]) -> Rewards:
+        """The rewards of several groups of equal size, in their order; waits for those that aren't there yet."""
+        answers = [each.answers() for each in pending]  # [P][function]
+        columns = list(zip(*answers, strict=True))
+        by_function = {
+            name: torch.tensor([answer.rewards for answer in column], dtype=torch.float32)
+            for name, column in zip(self.names, columns, strict=True)
+        }
+        failures = [zip(*(answer.failures for answer in of_group)) for of_group in answers]
+        of_samples = list(chain.from_iterable(failures))  # [P * G][function]
+        return Rewards(
+            # NaN spreads through the sum: a sample that one function could not judge has no total.
+            total=reduce(torch.add, by_function.values()),
+            by_function=by_function,
+            num_failed=sum("failed" in of_sample for of_sample in of_samples),
+            num_timed_out=sum("timed_out" in of_sample for of_sample in of_samples),
+        )
+
+    def close(self) -> None:
+        if self._workers is not None:
+            self._workers.close()
+
+    def __enter__(self) -> RewardScorer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def log_once(self, name: str, answer: Answer) -> None:
+        """Each kind of failure of each function once, with its traceback; the metrics count the rest."""
+        if answer.cause and (name, answer.cause) not in self._logged:
+            self._logged.add((name, answer.cause))
+            logger.warning("reward function %s: samples masked (%s): %s", name, answer.cause, answer.details.rstrip())
+
+    def _ask_here(self, calls: Sequence[Call]) -> tuple[list[Answer], bool]:
+        # The event loop gets a thread of its own, since the caller's (a notebook's) may already run one.
+        with ThreadPoolExecutor(max_workers=1) as executor:
+            return ask(self.functions, calls, self.timeout, lambda c: executor.submit(asyncio.run, c).result()), False
 
 
-def function_names(functions: Sequence[RewardFunction]) -> list[str]:
-    """The names under which functions appear in metrics; ValueError where there is none or two are the same."""
-    names = [getattr(function, "__name__", type(function).__name__) for function in functions]
-    if not names:
-        raise ValueError("no reward function given: pass at least one f(prompts, completions, **columns)")
-    if len(set(names)) < len(names):
-        raise ValueError(f"reward functions {names} must have different names: set __name__ on one of them")
-    return names
+class PendingRewards:
+    """The rewards of one group, some time."""
+
+    def __init__(self, scorer: RewardScorer, futures: Sequence[Future[Answer]]) -> None:
+        self._scorer, self._futures = scorer, futures
+
+    def done(self) -> bool:
+        return all(future.done() for future in self._futures)
+
+    def result(self) -> Rewards:
+        """Waits for the rewards, of shape [1, G]."""
+        return self._scorer.gather([self])
+
+    def answers(self) -> list[Answer]:
+        """One per function, waited for."""
+        answers = [future.result() for future in self._futures]
+        for name, answer in zip(self._scorer.names, answers, strict=True):
+            self._scorer.log_once(name, answer)
+        return answers
 
 
-def _arguments(rows: Sequence[Mapping[str, Any]], groups: Sequence[Sequence[Rollout]]) -> dict[str, list[Any]]:
-    """One list per column, with one entry per sample; a column that a row lacks is None there."""
-    samples = [(row, rollout) for row, group in zip(rows, groups, strict=True) for rollout in group]
-    columns = dict.fromkeys(name for row in rows for name in row if name != "prompt")
+def _arguments(row: Mapping[str, Any], group: Sequence[Rollout]) -> dict[str, list[Any]]:
+    """One list per column, with one entry per sample."""
+    prompt, size = row["prompt"], len(group)
     return {
-        "prompts": [row["prompt"] for row, _ in samples],
-        "completions": [_completion(row["prompt"], rollout) for row, rollout in samples],
-        **{name: [row.get(name) for row, _ in samples] for name in columns},
+        "prompts": [prompt] * size,
+        "completions": [_completion(prompt, rollout) for rollout in group],
+        "completion_ids": [list(rollout.token_ids) for rollout in group],
+        **{name: [value] * size for name, value in row.items() if name != "prompt"},
     }
 
 
 def _completion(prompt: Any, rollout: Rollout) -> str | list[dict[str, str]]:
     is_chat = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], Mapping)
     return [{"role": "assistant", "content": rollout.text}] if is_chat else rollout.text
-
-
-def _call_all(functions: Sequence[RewardFunction], arguments: dict[str, list[Any]]) -> list[Any]:
-    """Each function's answer, or the exception that it raised."""
-    answers = [_call(function, arguments) for function in functions]
-    pending = [i for i, answer in enumerate(answers) if inspect.isawaitable(answer)]
-    if pending:
-        # In a thread of its own, since the caller's thread (a notebook's) may already run an event loop.
-        with ThreadPoolExecutor(max_workers=1) as executor:
-            gathered = executor.submit(asyncio.run, _gather([answers[i] for i in pending])).result()
-        for i, answer in zip(pending, gathered):
-            answers[i] = answer
-    return answers
-
-
-async def _gather(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
-    return await asyncio.gather(*awaitables, return_exceptions=True)
-
-
-def _call(function: RewardFunction, arguments: dict[str, list[Any]]) -> Any:
-    try:
-        return function(**_accepted(function, arguments))
-    except Exception as error:  # a user's function may raise anything; its samples are masked
-        return error
-
-
-def _accepted(function: RewardFunction, arguments: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    parameters = inspect.signature(function).parameters
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return arguments
-    return {name: value for name, value in arguments.items() if name in parameters}
-
-
-def _checked(name: str, answer: Any, num_samples: int) -> tuple[list[float], list[bool]]:
-    """The rewards, NaN where there is none, and which samples failed (None is an answer, not a failure)."""
-    if isinstance(answer, BaseException):
-        logger.warning("reward function %s raised %r: %d samples masked", name, answer, num_samples)
-        return [math.nan] * num_samples, [True] * num_samples
-    values = answer.tolist() if hasattr(answer, "tolist") else answer  # NumPy arrays and tensors count as lists
-    if not isinstance(values, list | tuple) or len(values) != num_samples:
-        found = f"{len(values)} rewards" if isinstance(values, list | tuple) else type(answer).__name__
-        logger.warning("reward function %s returned %s for %d samples: all masked", name, found, num_samples)
-        return [math.nan] * num_samples, [True] * num_samples
-    rewards = [_as_float(value) for value in values]
-    failed = [value is not None and math.isnan(reward) for value, reward in zip(values, rewards)]
-    if any(failed):
-        logger.warning("reward function %s returned no finite number for %d samples: masked", name, sum(failed))
-    return rewards, failed
-
-
-def _as_float(value: Any) -> float:
-    try:
-        reward = float(value)
-    except (TypeError, ValueError):
-        return math.nan
-    return reward if math.isfinite(reward) else math.nan

@@ -1,22 +1,22 @@
 from __future__ import annotations
 
-import multiprocessing
-import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
 from recipes.data import load_problems
-from recipes.math_verifier import MathVerifier, equals
+from recipes.math_equality import equals
 from recipes.rewards import (
-    MathVerifyReward,
     exact_match,
     last_number,
     make_reward,
+    math_verify,
     numeric,
     tagged_answer,
     task_score,
 )
+from trainers.rewards import RewardScorer
 
 
 def test_exact_match_ignores_white_space_at_the_ends_only():
@@ -86,31 +86,20 @@ def test_mathematical_equality(completion: str, answer: str, is_right: bool | No
 
 
 def test_math_verify_works_outside_the_main_thread():
-    reward, rewards = MathVerifyReward(), []
     completions = ["it is 1/2", "it is 1/3", "?"]
-    thread = threading.Thread(
-        target=lambda: rewards.extend(reward(completions, completions, answer=["0.5", "0.5", ""]))
-    )
-    thread.start()
-    thread.join()
+    with ThreadPoolExecutor(1) as executor:
+        rewards = executor.submit(math_verify, completions, completions, answer=["0.5", "0.5", ""]).result()
     assert rewards == [1.0, 0.0, None]
-    children = [child for child in multiprocessing.active_children() if child.name == "math-verify"]
-    assert len(children) == 1
-    reward.close()
-    assert not children[0].is_alive()
 
 
-def test_an_answer_that_takes_too_long_is_masked_and_the_next_one_judged():
-    verifier = MathVerifier(timeout_seconds=1.0)
-    try:
-        assert verifier.grade("2", "2") is True
-        start = time.monotonic()
-        assert verifier.grade("$" + "9^" * 8 + "9$", "$" + "8^" * 8 + "8$") is None
-        assert time.monotonic() - start < 5
-        assert verifier.num_timeouts == 1
-        assert verifier.grade("3", "3") is True
-    finally:
-        verifier.close()
+def test_an_answer_that_takes_math_verify_too_long_is_masked_and_its_siblings_judged():
+    rows = [{"prompt": "q", "answer": "$" + "8^" * 8 + "8$"}]
+    group = [SimpleNamespace(text=text, token_ids=[]) for text in ("no idea", "$" + "9^" * 8 + "9$", "")]
+    with RewardScorer([math_verify], timeout=4.0) as scorer:
+        assert scorer.score([{"prompt": "q", "answer": "2"}], [[group[0]]]).total.tolist() == [[0.0]]
+        rewards = scorer.score(rows, [group])
+    assert rewards.total.isnan().tolist() == [[False, True, False]]
+    assert rewards.num_timed_out == 1
 
 
 def test_rewards_are_chosen_to_fit_the_data():

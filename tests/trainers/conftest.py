@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
 from engine import Completion, LLMEngine, SamplingParams
 from rollout import Rollout
+
+sys.path.insert(0, str(Path(__file__).parent))  # for reward_functions.py, here and in reward processes
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from reward_functions import hangs_over_hard_prompts, has_letter_e
 
 from rollout import EngineConfig
 from trainers import GRPOConfig, GRPOTrainer, Policy
@@ -28,10 +29,6 @@ CONFIG = GRPOConfig(
     num_threads=1,
     seed=1,
 )
-
-
-def has_letter_e(completions):
-    return [float("e" in text) for text in completions]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +64,8 @@ def test_every_step_moves_and_syncs_the_weights(run):
 
 def test_dashboard_names_are_those_that_people_know(run):
     names = {
-        "reward/mean", "reward/std", "reward/num_failed", "frac_reward_zero_std", "rewards/has_letter_e/mean",
+        "reward/mean", "reward/std", "reward/num_failed", "reward/num_timed_out", "frac_reward_zero_std",
+        "rewards/has_letter_e/mean",
         "mismatch/kl", "mismatch/logprob_abs_diff_mean", "mismatch/logprob_abs_diff_max",
         "actor/pg_loss", "actor/pg_clipfrac", "actor/ppo_kl", "actor/entropy", "actor/grad_norm", "actor/lr",
         "response_length/mean", "response_length/max", "response_length/min", "response_length/clip_ratio",
@@ -126,15 +124,16 @@ def test_threads_and_fingerprint_are_recorded(run):
 
 
 def test_a_failing_reward_function_is_masked_and_counted_and_the_run_goes_on(local_ray, engine_config):
-    calls = []
+    seen = set()
 
-    def fails_on_the_second_call(completions):
-        calls.append(len(completions))
-        if len(calls) == 2:
+    def fails_on_the_second_batch(prompts, completions):
+        seen.update(prompts)  # each batch has four new ones
+        if 4 < len(seen) <= 8:
             raise RuntimeError("no judge today")
         return has_letter_e(completions)
 
-    history = GRPOTrainer(CONFIG, engine_config, ROWS, fails_on_the_second_call).train()
+    config = dataclasses.replace(CONFIG, reward_processes=0)
+    history = GRPOTrainer(config, engine_config, ROWS, fails_on_the_second_batch).train()
     assert [metrics["reward/num_failed"] for metrics in history[1:]] == [0, 16, 0]
     assert [metrics["policy_version"] for metrics in history[1:]] == [1, 1, 2]
     assert [metrics["actor/num_skipped_steps"] for metrics in history[1:]] == [0, 1, 1]
@@ -143,11 +142,24 @@ def test_a_failing_reward_function_is_masked_and_counted_and_the_run_goes_on(loc
     assert history[3]["mismatch/logprob_abs_diff_max"] == 0.0
 
 
-def test_shuffled_rewards_are_dealt_out_anew_and_groups_without_spread_are_only_compared(local_ray, engine_config):
-    def first_is_right(completions):
-        return [1.0] + [0.0] * (len(completions) - 1)
+def test_a_reward_that_hangs_is_masked_and_counted_and_the_run_goes_on(local_ray, engine_config):
+    rows = [{**row, "level": "hard" if i == 0 else "easy"} for i, row in enumerate(ROWS[:4])]
+    config = dataclasses.replace(CONFIG, num_steps=2, group_size=3, reward_timeout=1.0, reward_processes=2)
+    history = GRPOTrainer(config, engine_config, rows, hangs_over_hard_prompts).train()
+    assert [metrics["reward/num_timed_out"] for metrics in history[1:]] == [3, 3]  # each batch has all four prompts
+    assert [metrics["reward/num_masked"] for metrics in history[1:]] == [3, 3]
+    assert [metrics["reward/num_failed"] for metrics in history[1:]] == [0, 0]
+    assert [metrics["mismatch/logprob_abs_diff_max"] for metrics in history[1:]] == [0.0, 0.0]
 
-    config = dataclasses.replace(CONFIG, num_steps=1, shuffle_rewards=True, check_all_groups=True)
+
+def test_shuffled_rewards_are_dealt_out_anew_and_groups_without_spread_are_only_compared(local_ray, engine_config):
+    calls = []
+
+    def first_is_right(completions):
+        calls.append(completions)
+        return [float(len(calls) == 1)] + [0.0] * (len(completions) - 1)
+
+    config = dataclasses.replace(CONFIG, num_steps=1, shuffle_rewards=True, check_all_groups=True, reward_processes=0)
     trainer = GRPOTrainer(config, engine_config, ROWS, first_is_right)
     metrics = trainer.train()[1]
     assert trainer.batch.rewards.total.flatten().tolist() == [1.0] + [0.0] * 15  # reported as they were given
@@ -226,7 +238,7 @@ def processes_with_environment(entry: str) -> list[str]:
         {"num_prompts": 0}, {"group_size": 0}, {"max_tokens": 0}, {"num_iterations": 0}, {"num_engines": 0},
         {"micro_batch_tokens": 0}, {"num_steps": -1}, {"warmup_steps": -1}, {"eval_every": -1}, {"kl_coef": -0.1},
         {"learning_rate": 0.0}, {"max_grad_norm": 0.0}, {"clip_low": 0.0}, {"clip_low": 1.5}, {"clip_high": 0.0},
-        {"temperature": 0.0}, {"num_threads": 0},
+        {"temperature": 0.0}, {"num_threads": 0}, {"reward_timeout": 0.0}, {"reward_processes": -1},
     ],
 )  # fmt: skip
 def test_wrong_settings_are_named(field):
@@ -240,5 +252,7 @@ def test_data_without_the_needed_columns_is_refused(engine_config):
         GRPOTrainer(CONFIG, engine_config, [], has_letter_e)
     with pytest.raises(ValueError, match=r"row 0 .*'question'.* no `prompt`"):
         GRPOTrainer(CONFIG, engine_config, [{"question": "1 + 1"}], has_letter_e)
+    with pytest.raises(ValueError, match=r"reward function hangs_over_hard_prompts takes \['level'\]"):
+        GRPOTrainer(CONFIG, engine_config, ROWS, hangs_over_hard_prompts)
     with pytest.raises(ValueError, match="`answer` or `right_completions`"):
         GRPOTrainer(CONFIG, engine_config, ROWS, has_letter_e, eval_rows=[{"prompt": "1 + 1"}])

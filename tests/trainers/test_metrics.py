@@ -13,19 +13,25 @@ NAN = math.nan
 
 def test_reward_metrics_by_hand():
     total = torch.tensor([[0.0, 1.0, NAN], [2.0, 2.0, 2.0]])
-    metrics = reward_metrics(Rewards(total=total, by_function={"judge": total}, num_failed=1))
+    metrics = reward_metrics(Rewards(total=total, by_function={"judge": total}, num_failed=1, num_timed_out=2))
     assert metrics["reward/mean"] == pytest.approx(7 / 5)
     assert metrics["reward/std"] == pytest.approx((math.sqrt(0.5) + 0.0) / 2)
     assert metrics["frac_reward_zero_std"] == 0.5
     assert metrics["rewards/judge/mean"] == pytest.approx(7 / 5)
     assert metrics["reward/num_failed"] == 1
+    assert metrics["reward/num_timed_out"] == 2
     assert metrics["reward/num_masked"] == 1
 
 
 def test_means_over_nothing_are_left_out():
     total = torch.full((2, 2), NAN)
     metrics = reward_metrics(Rewards(total=total, by_function={"judge": total}, num_failed=4))
-    assert metrics == {"frac_reward_zero_std": 1.0, "reward/num_failed": 4, "reward/num_masked": 4}
+    assert metrics == {
+        "frac_reward_zero_std": 1.0,
+        "reward/num_failed": 4,
+        "reward/num_timed_out": 0,
+        "reward/num_masked": 4,
+    }
 
 
 def test_response_metrics_by_hand(make_rollout):
