@@ -148,6 +148,28 @@ def test_async_for_works_too(pool):
     assert sorted(group[0].group_id for group in groups) == sorted(IDS)
 
 
+def test_an_iterator_of_prompts_is_read_no_further_than_engines_have_room_for(local_ray, config):
+    num_read = 0
+
+    def prompts():
+        nonlocal num_read
+        for i in range(300):
+            num_read += 1
+            yield [5 + i % 200, 7]
+
+    with RolloutPool(replace(config, max_num_seqs=4), num_engines=1, seed=SEED) as pool:
+        stream = pool.stream(prompts(), SamplingParams(n=2, max_tokens=3, ignore_eos=True))
+        assert num_read <= 9  # 16 samples of queue, and one that did not fit
+        first = next(stream)
+        arrived = [first, *stream]
+        assert num_read == 300
+        ids = [group[0].group_id for group in arrived]
+        assert sorted(ids, key=lambda name: int(name.split("/")[1])) == [f"g0/{i}" for i in range(300)]
+        with pytest.raises(ValueError, match="an iterator of prompts takes one params"):
+            pool.stream(iter([[5]]), PARAMS, group_ids=["a"])
+        assert pool.stats().num_groups_running == 0
+
+
 def test_leaving_a_stream_aborts_the_rest(pool):
     before = sum(stats.num_generated_tokens for stats in pool.stats().engines)
     for group in pool.stream([[5]] * 8, [SamplingParams(max_tokens=2), *[LONG] * 7]):

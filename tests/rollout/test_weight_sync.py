@@ -207,6 +207,42 @@ def test_two_syncs_at_once_leave_the_engines_in_lockstep(pool, versions, make_we
     assert [stats.policy_version for stats in pool.stats().engines] == [versions.version] * 2
 
 
+def test_a_sync_in_the_background_has_read_the_tensors_when_it_returns(pool, versions, make_weights):
+    weights, version = make_weights(7), versions.next()
+    expected = LLMEngine(pool.config).update_weights(weights, version).checksum.hex()
+    pending = pool.sync_weights(weights, version, blocking=False)
+    for tensor in weights.values():  # as an optimiser does that goes on at once
+        tensor.zero_()
+    report = pending.result(timeout=30)
+    assert report.is_lockstep
+    assert report.checksum == expected
+    assert pool.policy_version == version
+
+
+def test_going_back_to_an_older_version_must_be_asked_for(pool, versions, make_weights):
+    old, new = versions.next(), versions.next()
+    pool.sync_weights(make_weights(8), old)
+    before = pool.generate(PROMPTS[:3], SamplingParams(n=2, max_tokens=6), group_ids=["a", "b", "c"])
+    pool.sync_weights(make_weights(9), new)
+    with pytest.raises(ValueError, match="or rollback=True to go back"):
+        pool.sync_weights(make_weights(8), old)
+    with pytest.raises(ValueError, match=f"policy_version={new} must be greater"):
+        pool.sync_weights(make_weights(8), new, rollback=True)
+    assert pool.sync_weights(make_weights(8), old, rollback=True).is_lockstep
+    assert pool.policy_version == old
+    assert pool.generate(PROMPTS[:3], SamplingParams(n=2, max_tokens=6), group_ids=["a", "b", "c"]) == before
+
+
+def test_a_sync_whose_sender_fails_half_way_gives_way_to_the_next(pool, versions, make_weights):
+    def failing():
+        yield from list(make_weights(1).items())[:3]
+        raise OSError("the disk with the checkpoint is gone")
+
+    with pytest.raises(OSError, match="the disk with the checkpoint"):
+        pool.sync_weights(failing(), versions.next())
+    assert pool.sync_weights(make_weights(2), versions.next()).is_lockstep
+
+
 # --- the sender and the engine's side of it, without engines ---
 
 SHAPES = {"a": (4, 3), "b": (5,), "c": (2, 2)}
