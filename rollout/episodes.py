@@ -66,7 +66,7 @@ class EpisodeRunner:
         self.pool, self.make_environment = pool, make_environment
         self.params = params or SamplingParams()
         self.max_turns, self.max_concurrency = max_turns, max_concurrency
-        self.max_total_tokens = _resolve_max_total_tokens(max_total_tokens, pool.engine_infos[0].max_model_len)
+        self.max_total_tokens = _resolve_max_total_tokens(max_total_tokens, pool.engine_info.max_model_len)
         self.environment_timeout = environment_timeout
         self.encoder = ObservationEncoder(pool.tokenizer, pool.vocab_size)
         self._num_groups = 0  # so far, for ids where the caller gives none

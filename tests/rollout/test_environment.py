@@ -78,7 +78,7 @@ def single(local_ray, config):
 
 def wait_until_idle(pool):
     deadline = time.monotonic() + 10
-    while any(stats.num_requests_running + stats.num_requests_waiting for stats in pool.stats()):
+    while any(stats.num_requests_running + stats.num_requests_waiting for stats in pool.stats().engines):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -89,7 +89,7 @@ def integrity(request):
     if "pool" in request.fixturenames:
         pool = request.getfixturevalue("pool")
         pool.check_integrity()
-        assert all(stats.num_free_blocks == stats.num_blocks for stats in pool.stats())
+        assert all(stats.num_free_blocks == stats.num_blocks for stats in pool.stats().engines)
 
 
 @pytest.fixture(scope="module")
@@ -170,12 +170,12 @@ def test_a_slow_environment_holds_up_its_own_sample_only(pool):
 
 
 def test_a_growing_conversation_finds_its_own_blocks(single):
-    before = single.stats()[0]
+    before = single.stats().engines[0]
     seen = []
 
     class Watched(Echo):
         def step(self, turn):
-            stats = single.stats()[0]
+            stats = single.stats().engines[0]
             seen.append((stats.prefix_cache_queries, stats.prefix_cache_hits))
             return super().step(turn)
 
