@@ -143,6 +143,8 @@ class RolloutBuffer:
             self._take(remaining)
 
     def stats(self) -> BufferStats:
+        """Counts what has finished until now, collected or not. Raises what `collect` would."""
+        self._take(0.0)
         return replace(self._stats, num_running=len(self._running), num_ready=len(self._ready))
 
     def close(self) -> None:

@@ -190,6 +190,10 @@ class PoolCoordinator:
         """From now on switches are written down."""
         self._switch.keep_journal(journalling)
 
+    async def weight_stores(self) -> dict[str, Any]:
+        """WeightStore actors by node id; none before the first sync that needs them."""
+        return dict(self._switch.stores)
+
     async def end_sync(self, sync_id: str) -> None:
         self._switch.end(sync_id)
 

@@ -153,11 +153,12 @@ def make_pool(options: Options, transport: WeightTransport) -> RolloutPool:
 
 def memory_of(pool: RolloutPool) -> dict[str, int]:
     """Bytes by whom they belong to. Shared memory is part of the resident size of everybody who has mapped it."""
-    stores = ray.get([store.info.remote() for store in pool.stores.values()])
+    stores = ray.get(pool.coordinator.weight_stores.remote())
+    infos = ray.get([store.info.remote() for store in stores.values()])
     memory = {"sender, resident": psutil.Process().memory_info().rss}
     for i, info in enumerate(pool.engine_infos):
         memory[f"engine {i}, resident"] = psutil.Process(info.pid).memory_info().rss
-    for info in stores:
+    for info in infos:
         memory["weight store, resident"] = psutil.Process(info.pid).memory_info().rss
         memory["weight store, segments"] = info.num_bytes
     memory[ARENA] = object_store_bytes()
