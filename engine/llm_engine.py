@@ -19,7 +19,7 @@ from engine.model import NamedTensors
 from engine.model_config import ModelConfig
 from engine.model_runner import ModelRunner
 from engine.ops import Ops, make_ops
-from engine.outputs import Completion, EngineStats, StepOutput, WeightUpdate
+from engine.outputs import Completion, EngineStats, StepOutput, UpdateMode, WeightUpdate
 from engine.pipeline import Pipeline, Runner
 from engine.prompts import as_prompts, derive_seed, per_prompt_params
 from engine.request import Request
@@ -33,7 +33,6 @@ from engine.trace import Trace, trace_file
 MAX_POLICY_VERSION = 2**31 - 1
 
 PauseMode = Literal["keep", "wait", "abort"]
-UpdateMode = Literal["recompute", "keep", "wait", "abort"]
 
 
 class LLMEngine:

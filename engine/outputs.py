@@ -9,6 +9,7 @@ from typing import Literal
 from engine.timing import RequestTiming, RequestTotals, StepSeconds
 
 FinishReason = Literal["stop", "length", "abort"]
+UpdateMode = Literal["recompute", "keep", "wait", "abort"]  # of running requests, when the weights change
 
 
 @dataclass(slots=True, kw_only=True)

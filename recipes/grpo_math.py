@@ -156,7 +156,10 @@ def make_configs(options: Options, path: Path) -> tuple[GRPOConfig, EngineConfig
     from engine import EngineConfig
     from trainers import GRPOConfig
 
-    values = options.flat() | {"output_dir": str(path) if options.output.save_weights else None}
+    values = options.flat() | {
+        "output_dir": str(path) if options.output.save_weights else None,
+        "journal_dir": str(path) if options.output.journal else None,
+    }
     return _configured(GRPOConfig, values), _configured(EngineConfig, values)
 
 

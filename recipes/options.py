@@ -126,6 +126,12 @@ class OutputOptions:
     """Prompts of each step whose samples go to rollouts.jsonl."""
     save_weights: bool = True
     """Leave the trained weights in OUTPUT_DIR/weights, in Hugging Face format."""
+    journal: bool = False
+    """Write down every sample and every switch of weights, for `python -m rollout.replay OUTPUT_DIR`."""
+    keep_weights_every: int | None = None
+    """With --journal: keep the weights of the versions that this divides, to draw from them again. None keeps none."""
+    keep_last: int | None = None
+    """With --journal: of the versions kept, only so many of the latest stay. None is all."""
     display: DisplayMode = "auto"
     """A live panel, plain lines, or whichever suits the terminal."""
 
@@ -167,6 +173,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.data.system_prompt is not None and not self.data.chat:
             raise ValueError("system_prompt needs chat=True: a plain text prompt has no system message")
+        if not self.output.journal and not (self.output.keep_weights_every is None and self.output.keep_last is None):
+            raise ValueError("keep_weights_every and keep_last need journal=True: weights are kept beside a journal")
         if self.output.num_logged_groups < 0:
             raise ValueError(f"num_logged_groups={self.output.num_logged_groups} must not be negative")
 
@@ -241,8 +249,8 @@ def _parse_file(path: Path, defaults: Options) -> Options:
 
 
 def _is_valid(name: str, value: Any) -> bool:
-    # chat goes with a system prompt only, which alone would be refused for another reason
-    together = {"chat": True, name: value}
+    # some options go with others only, and alone would be refused for another reason
+    together = {"chat": True, "journal": True, name: value}
     try:
         _parse(_as_arguments(together), Options(), is_quiet=True)
     except SystemExit:

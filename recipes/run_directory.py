@@ -6,6 +6,8 @@ environment.json   versions, kernel fingerprint, commit, threads, platform
 rollouts.jsonl     samples of each step in readable form, with token ids and log-probabilities
 reward_curve.png   reward and expected reward over the steps
 weights/           the trained model in Hugging Face format, written by the trainer
+journal/           with --journal: every sample and every switch of weights, for `python -m rollout.replay OUTPUT_DIR`;
+                   the versions kept for that are weights/vNNNNNN
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from typing import Any, TextIO
 import yaml
 
 METRICS, CONFIG, ENVIRONMENT = "metrics.jsonl", "config.yaml", "environment.json"
-ROLLOUTS, REWARD_CURVE, WEIGHTS = "rollouts.jsonl", "reward_curve.png", "weights"
+ROLLOUTS, REWARD_CURVE, WEIGHTS, JOURNAL = "rollouts.jsonl", "reward_curve.png", "weights", "journal"
 
 RECORDED_PACKAGES = ("torch", "numpy", "ray", "transformers", "accelerate", "datasets", "safetensors", "gguf",
                      "reasoning_gym", "math-verify", "tyro", "rich", "triton")  # fmt: skip
@@ -93,7 +95,8 @@ class RunDirectory:
         """Removes a run's own files, and nothing else that may be there."""
         for name in (METRICS, CONFIG, ENVIRONMENT, ROLLOUTS, REWARD_CURVE):
             (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.path / WEIGHTS, ignore_errors=True)
+        for name in (WEIGHTS, JOURNAL):
+            shutil.rmtree(self.path / name, ignore_errors=True)
 
 
 def default_path(dataset: str, now: time.struct_time) -> Path:

@@ -9,20 +9,20 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-import torch
 
 import kernels
 from engine import EngineConfig
-from engine.llm_engine import UpdateMode
-from engine.outputs import EngineStats
+from engine.outputs import EngineStats, UpdateMode
 from rollout.engine_loop import EngineLoop, Progress
 from rollout.requests import GroupRequest, GroupResult, Partials
 from rollout.sync_report import CommitReport
 from rollout.weight_parcel import WeightParcel
-from rollout.weight_sync import StagedWeights, WeightStaging
+
+if TYPE_CHECKING:  # the coordinator and its handles import this module, and start sooner without torch
+    from rollout.weight_sync import StagedWeights, WeightStaging
 
 # Waiting collects, one for each caller, have threads of their own, so that they never hold up a command; and the
 # supervisor has its own, so that it hears of an engine that keeps everybody else waiting.
@@ -51,13 +51,15 @@ class EngineActor:
     """Every method may be called while the engine steps; errors reach the caller with their cause."""
 
     def __init__(self) -> None:
+        from rollout.weight_sync import WeightStaging
+
         self._loop: EngineLoop | None = None
-        self._staging = WeightStaging()
+        self._staging: WeightStaging = WeightStaging()
         # weights arrive as read-only shared memory and are only ever read
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
-    def start(self, config: EngineConfig, build_engine: EngineFactory) -> EngineInfo:
-        """Builds the engine and begins to step it."""
+    def start(self, config: EngineConfig, build_engine: EngineFactory | None) -> EngineInfo:
+        """Builds the engine, an `LLMEngine` by default, and begins to step it."""
         self._loop = EngineLoop(lambda: _build_on_this_thread(config, build_engine))
         self._loop.start()
         gc.collect()
@@ -127,10 +129,14 @@ class EngineActor:
         self._loop.run(lambda engine: engine.check_integrity(), "check_integrity")
 
 
-def _build_on_this_thread(config: EngineConfig, build_engine: EngineFactory) -> Any:
+def _build_on_this_thread(config: EngineConfig, build_engine: EngineFactory | None) -> Any:
+    import torch
+
+    from engine import LLMEngine
+
     # torch keeps its thread count by thread, so it is set on the one that steps the engine, which sets the kernels'
     torch.set_num_threads(config.num_threads)
-    return build_engine(config)
+    return (build_engine or LLMEngine)(config)
 
 
 def _describe(engine: Any) -> EngineInfo:

@@ -31,7 +31,7 @@ class EngineSpec:
     """How an engine actor is made."""
 
     config: EngineConfig
-    engine_factory: EngineFactory
+    engine_factory: EngineFactory | None  # None: LLMEngine
     runtime_env: dict[str, Any]
     num_cpus: float = 0.0
     num_gpus: float = 0.0

@@ -7,9 +7,12 @@ import socket
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rollout.journal import Journal, JournalHeader
-from rollout.weight_archive import WeightArchive
+
+if TYPE_CHECKING:  # it brings torch, which the coordinator seldom needs
+    from rollout.weight_archive import WeightArchive
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +31,8 @@ class Journalling:
         return Journal(self.run_directory, self.header, writer_id=name[-64:].lstrip(".-"))
 
     def open_archive(self) -> WeightArchive | None:
+        from rollout.weight_archive import WeightArchive
+
         if self.keep_weights_every is None:
             return None
         return WeightArchive(

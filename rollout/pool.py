@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from engine import EngineConfig, LLMEngine
+from engine import EngineConfig
 from engine.checkpoint import resolve_model
 from engine.config import available_cores
 from engine.model_config import ModelConfig
@@ -48,7 +48,7 @@ class RolloutPool(PoolHandle):
             `python -m rollout.replay`. keep_weights_every: versions that it divides are kept there too, the latest
             `keep_last` of them; None keeps none.
         name: of the pool's actors, `NAME/coordinator` and `NAME/engine-I.LIFE`; made up if left out.
-        engine_factory: builds what each actor steps.
+        engine_factory: builds what each actor steps; None builds an `LLMEngine`.
 
     Raises ValueError for a model or option that cannot work, EngineError if an engine does not start.
     """
@@ -72,7 +72,7 @@ class RolloutPool(PoolHandle):
         keep_weights_every: int | None = None,
         keep_last: int | None = None,
         name: str | None = None,
-        engine_factory: EngineFactory = LLMEngine,
+        engine_factory: EngineFactory | None = None,
     ) -> None:
         _check_options(num_engines, seed, engine_cpus, engine_gpus, placement)
         if weight_transport not in TRANSPORTS:

@@ -10,10 +10,9 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-import torch
 
 from rollout.errors import EngineError, is_loss, translate
 from rollout.fleet import EngineRef, Fleet, Slot
@@ -22,10 +21,14 @@ from rollout.journalling import Journalling
 from rollout.requests import Partials
 from rollout.router import Router
 from rollout.sync_report import CommitReport, SyncMode
-from rollout.weight_archive import WeightArchive
 from rollout.weight_parcel import ObjectParcel, WeightParcel, WeightsUnreachableError
 from rollout.weight_store import start_weight_stores
 from rollout.weight_transport import Route, WeightTransport, keep_weights
+
+if TYPE_CHECKING:
+    import torch
+
+    from rollout.weight_archive import WeightArchive
 
 LEASE_SECONDS = 120.0  # after which a sync that nobody goes on with gives way to the next
 LOST_CALLER_SECONDS = 60.0  # for which a lost engine's groups may fail to go on elsewhere: their caller may be gone too
@@ -310,6 +313,8 @@ class Switch:
 
 
 def _tensors(parcels: Iterable[WeightParcel]) -> Iterator[tuple[str, torch.Tensor]]:
+    import torch
+
     for parcel in parcels:
         for name, array in parcel.open().arrays.items():
             yield name, torch.from_numpy(array)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from engine.llm_engine import UpdateMode
+from engine.outputs import UpdateMode
 from rollout.requests import Partials
 
 SyncMode = UpdateMode

@@ -10,7 +10,14 @@ import ray
 from ray.exceptions import ObjectLostError, RayTaskError
 
 from rollout.shared_segment import SegmentAddress, SegmentUnreachableError, map_segment
-from rollout.weight_sync import WeightBucket
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightBucket:
+    """Some of the weights. In Ray's object store the arrays are shared memory, which an engine reads without a copy."""
+
+    arrays: dict[str, np.ndarray]  # by Hugging Face name: float32, C-contiguous
+    digests: dict[str, bytes]  # by the same names, taken by the sender
 
 
 class WeightsUnreachableError(RuntimeError):

@@ -10,23 +10,17 @@ import numpy as np
 import torch
 
 import kernels
-from engine.llm_engine import MAX_POLICY_VERSION, UpdateMode
+from engine.llm_engine import MAX_POLICY_VERSION
 from engine.model import EMBEDDING, LM_HEAD, NamedTensors
+from engine.outputs import UpdateMode
 from kernels.checksum import combine_digests, digest_and_scan, tensor_digest
+from rollout.weight_parcel import WeightBucket
 
 SYNC_MODES = get_args(UpdateMode)
 BUCKET_BYTES = 64 * 2**20  # small enough that engines verify one while the next is read
 
 Room = Callable[[str, tuple[int, ...]], torch.Tensor]
 """Gives the memory that a weight of this name and shape is to be copied to, contiguous float32 on the CPU."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightBucket:
-    """Some of the weights. In Ray's object store the arrays are shared memory, which an engine reads without a copy."""
-
-    arrays: dict[str, np.ndarray]  # by Hugging Face name: float32, C-contiguous
-    digests: dict[str, bytes]  # by the same names, taken by the sender
 
 
 def check_sync_options(policy_version: int, mode: str) -> None:

@@ -6,11 +6,10 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import ray
-import torch
 from ray.exceptions import RayError, RayTaskError
 
 from rollout.errors import EngineError, translate
@@ -19,12 +18,15 @@ from rollout.weight_parcel import (
     ArrayPlace,
     ObjectParcel,
     SegmentParcel,
+    WeightBucket,
     WeightParcel,
     WeightsUnreachableError,
     put_bucket,
     view_bucket,
 )
-from rollout.weight_sync import WeightBucket
+
+if TYPE_CHECKING:
+    import torch
 
 WeightTransport = Literal["auto", "shared_memory", "broadcast", "object_store"]
 TRANSPORTS = get_args(WeightTransport)
@@ -87,6 +89,8 @@ class SegmentWriter:
 
     def room(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Uninitialised memory for a float32 tensor."""
+        import torch  # a trainer has it; the coordinator, which imports this module too, starts sooner without
+
         place = self._places[name] = ArrayPlace(offset=self._end, shape=tuple(shape))
         self._end += aligned(place.num_bytes)
         return torch.from_numpy(view_bucket(self._memory, {name: place}, {}).arrays[name])

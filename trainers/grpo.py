@@ -81,7 +81,7 @@ class GRPOTrainer:
         config = self.config
         with (
             self._scorer() as scorer,
-            RolloutPool(self.engine_config, num_engines=config.num_engines, seed=config.seed) as pool,
+            self._pool() as pool,
             _sigterm_as_interrupt(),
             _trainer_actor(config, pool) as trainer,
         ):
@@ -122,6 +122,17 @@ class GRPOTrainer:
             "perf/engine_num_threads": self.environment["engine"]["num_threads"],
             "perf/trainer_num_threads": self.environment["trainer"]["num_threads"],
         }
+
+    def _pool(self) -> RolloutPool:
+        config = self.config
+        return RolloutPool(
+            self.engine_config,
+            num_engines=config.num_engines,
+            seed=config.seed,
+            journal=config.journal_dir,
+            keep_weights_every=config.keep_weights_every,
+            keep_last=config.keep_last,
+        )
 
     def _scorer(self) -> RewardScorer:
         config = self.config

@@ -83,6 +83,12 @@ class GRPOConfig:
     """The completion that counts as right where an evaluation row has no `right_completions` of its own."""
     output_dir: str | None = None
     """The trained weights are left in its folder `weights`, in Hugging Face format."""
+    journal_dir: str | None = None
+    """Where every group and every switch of weights is written down, for `python -m rollout.replay`."""
+    keep_weights_every: int | None = None
+    """Versions that it divides are kept in the journal's directory, to be drawn from again; None keeps none."""
+    keep_last: int | None = None
+    """Of the versions kept, only so many of the latest stay; None is all."""
 
     def __post_init__(self) -> None:
         positive = ("num_prompts", "group_size", "num_iterations", "max_tokens", "num_engines", "micro_batch_tokens")
@@ -95,6 +101,9 @@ class GRPOConfig:
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
         _require(0 < self.clip_low <= 1, f"clip_low={self.clip_low} must be above 0 and at most 1")
         _require(self.temperature > 0, f"temperature={self.temperature} must be above 0: greedy groups have no spread")
+        if self.journal_dir is None:
+            for name in ("keep_weights_every", "keep_last"):
+                _require(getattr(self, name) is None, f"{name}={getattr(self, name)} needs a journal_dir")
         threads = self.num_threads
         _require(threads is None or threads >= 1, f"num_threads={threads} must be at least 1, or None for every core")
 

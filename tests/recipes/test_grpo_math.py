@@ -20,6 +20,8 @@ from recipes.data import NUM_HELD_OUT_SUMS, sums_problems
 from recipes.grpo_math import load, main, make_configs, with_right_completions
 from recipes.options import parse_options
 from recipes.rewards import exact_match, numeric
+from rollout.journal import read_journal
+from rollout.replay import replay
 
 ROOT = Path(__file__).parents[2]
 MARK = "LOCKSTEP_TEST_RUN"  # in the environment of a run and of every process that it starts
@@ -210,7 +212,8 @@ def test_chat_asks_in_messages():
 def test_a_run_leaves_a_complete_directory_and_nothing_running(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], likely_data: str
 ):
-    run = start_run(tiny_model_dir(), likely_data, tmp_path / "run", "--num-steps", "2")
+    kept = ["--journal", "--keep-weights-every", "1"]
+    run = start_run(tiny_model_dir(), likely_data, tmp_path / "run", "--num-steps", "2", *kept)
     printed = run.wait()
     assert run.process.returncode == 0, printed
     assert run.processes_after(10) == []
@@ -245,6 +248,10 @@ def test_a_run_leaves_a_complete_directory_and_nothing_running(
     assert "mismatch 0.0" in printed
     before, after = (metrics[index]["eval/expected_reward"] for index in (0, 2))
     assert f"expected reward {before:.3f} -> {after:.3f}" in printed
+
+    report = replay(read_journal(run.output_dir))
+    assert not report.differences
+    assert report.num_equal == 2 * 4 * 8
 
 
 @pytest.mark.parametrize(

@@ -107,3 +107,9 @@ def test_weights_are_counted_as_float32(model_dir):
     from engine.checkpoint import iter_weights
 
     assert weights_num_bytes(model_dir) == sum(4 * tensor.numel() for _, tensor in iter_weights(model_dir))
+
+
+def test_the_coordinator_of_a_pool_starts_without_torch():
+    """Every pool's start waits for it."""
+    code = "import sys, rollout.coordinator; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
