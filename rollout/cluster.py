@@ -1,4 +1,4 @@
-"""Cluster: starts a local Ray or joins the one in RAY_ADDRESS, with an object store that holds the weights."""
+"""Cluster: starts a local Ray or joins the one in RAY_ADDRESS, with an object store that holds what goes through it."""
 
 from __future__ import annotations
 
@@ -52,8 +52,9 @@ def _num_values(shape: list[int]) -> int:
 
 
 def plan_object_store(weights_bytes: int, shared_memory_bytes: int, disk_bytes: int) -> ObjectStorePlan:
-    """Size for the weights of one sync, better two: the last one's memory is given back a little later.
+    """Size for rollouts and the weights of one sync, better two: the last one's memory is given back a little later.
 
+    `weights_bytes` is 0 where weights travel by other means.
     `shared_memory_bytes` and `disk_bytes` are what /dev/shm and Ray's folder have free. Where /dev/shm is too small
     (64 MB in many containers) the store goes to disk, with a warning; RuntimeError says what to do if that fails too.
     """
@@ -62,16 +63,19 @@ def plan_object_store(weights_bytes: int, shared_memory_bytes: int, disk_bytes: 
     if usable >= least:
         return ObjectStorePlan(num_bytes=min(usable, least + weights_bytes), warning=None)
     remedy = f"give the container more of it (docker run --shm-size={math.ceil(least / USABLE_SHARE / GIB)}g)"
-    shortage = f"/dev/shm has {shared_memory_bytes / MIB:.0f} MiB free and weight sync needs {least / MIB:.0f} MiB"
+    shortage = f"/dev/shm has {shared_memory_bytes / MIB:.0f} MiB free and the object store needs {least / MIB:.0f} MiB"
     if disk_bytes < least:
         raise RuntimeError(f"{shortage}; {tempfile.gettempdir()} has only {disk_bytes / MIB:.0f} MiB: {remedy}")
     if least > RAY_SLOW_STORAGE_LIMIT and not os.environ.get(SLOW_STORAGE_OPTION):
         raise RuntimeError(f"{shortage}: {remedy}, or set {SLOW_STORAGE_OPTION}=1 to use the disk, which is slow")
-    return ObjectStorePlan(num_bytes=least, warning=f"{shortage}, so it goes through the slower disk: {remedy}")
+    return ObjectStorePlan(num_bytes=least, warning=f"{shortage}, so it lies on the slower disk: {remedy}")
 
 
 def connect(weights_bytes: int, num_cpus: int) -> bool:
-    """Makes sure that this process is connected to Ray. Returns whether a local Ray was started for that."""
+    """Makes sure that this process is connected to Ray. Returns whether a local Ray was started for that.
+
+    weights_bytes: that go through Ray's object store in one sync.
+    """
     if ray.is_initialized():
         return False
     if os.environ.get("RAY_ADDRESS"):

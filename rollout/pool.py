@@ -88,7 +88,9 @@ class RolloutPool(PoolHandle):
         self._coordinator: Any = None
         self._placement_group: Any = None
         self._resources = {"CPU": engine_cpus, "GPU": engine_gpus}
-        self._has_started_ray = cluster.connect(cluster.weights_num_bytes(directory), num_cpus=available_cores())
+        # by other transports weights pass the object store only where something fails, and then it may spill to disk
+        stored_bytes = cluster.weights_num_bytes(directory) if weight_transport == "object_store" else 0
+        self._has_started_ray = cluster.connect(stored_bytes, num_cpus=available_cores())
         try:
             _check_capacity(num_engines, self._resources)
             if placement is not None:

@@ -256,6 +256,17 @@ def test_a_handle_generates_and_syncs_from_another_actor(single, rollouts, confi
     single.check_integrity()
 
 
+def test_two_pools_in_one_process_share_neither_ids_nor_weights(pool, single, rollouts, make_weights):
+    before = single.policy_version
+    ours, theirs = (one.stream(PROMPTS, PARAMS, group_ids=IDS) for one in (pool, single))
+    assert single.sync_weights(make_weights(8), before + 1, mode="abort").is_lockstep
+    single.generate(PROMPTS[:2], PARAMS)
+    assert sorted(ours, key=lambda group: IDS.index(group[0].group_id)) == rollouts
+    assert len(list(theirs)) == len(IDS)
+    assert (pool.policy_version, single.policy_version) == (0, before + 1)
+    single.check_integrity()
+
+
 def test_a_dead_pool_is_named(local_ray, config):
     with RolloutPool(config, num_engines=1) as pool:
         handle = pool.handle()
