@@ -24,8 +24,11 @@ NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
 @triton.jit
 def product(a, b, sums):
     """sums + a @ b in float32: tensor cores for bfloat16, fused multiply-adds for float32."""
-    if INTERPRETED:  # its product of bfloat16 is that of the bit patterns (triton-lang/triton#11584)
-        a, b = a.to(tl.float32), b.to(tl.float32)
+    if INTERPRETED:
+        # Its product of bfloat16 is that of the bit patterns (triton-lang/triton#11584), and its product of float32 is
+        # the machine's BLAS, whose order of summation may depend on a row's place: float64 rounds that away.
+        a, b, sums = a.to(tl.float64), b.to(tl.float64), sums.to(tl.float64)
+        return tl.dot(a, b, sums, out_dtype=tl.float64).to(tl.float32)
     return tl.dot(a, b, sums, input_precision="ieee")
 
 
