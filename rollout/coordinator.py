@@ -42,7 +42,7 @@ class PoolStats:
     """A pool at one moment; counters are since it was built."""
 
     engines: tuple[EngineStats, ...]  # of those that serve, by engine id
-    num_engines_starting: int
+    num_engines_starting: int  # or waiting for a place in the cluster, or tried again after failures
     num_groups_running: int  # reserved or placed, by all handles
     policy_version: int
     num_restarts: int  # of engines that died or hung
@@ -81,7 +81,7 @@ class PoolCoordinator:
         engines = await asyncio.gather(*(self._ask(slot.ref, "stats") for slot in self._fleet.serving()))
         return PoolStats(
             engines=tuple(stats for stats in engines if stats is not None),
-            num_engines_starting=sum(slot.state == "starting" for slot in self._fleet.slots.values()),
+            num_engines_starting=sum(slot.state in ("starting", "failed") for slot in self._fleet.slots.values()),
             num_groups_running=self._router.num_groups,
             policy_version=self._switch.policy_version,
             num_restarts=self._fleet.num_restarts,
@@ -94,6 +94,9 @@ class PoolCoordinator:
         return [*self._fleet.shutdown(), *self._switch.stores.values()]
 
     async def _retire(self, slot: Slot) -> None:
+        if slot.state != "serving":  # it has no groups, and may never have a place in the cluster
+            self._fleet.remove(slot)
+            return
         self._handing_over[slot.engine_id] = asyncio.Event()
         self._fleet.retire(slot)
         partials = await self._ask(slot.ref, "retire")

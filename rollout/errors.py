@@ -13,6 +13,10 @@ class EngineError(RuntimeError):
     """An engine (or the pool's coordinator) died or broke; nothing the caller can pass differently would help."""
 
 
+class EngineUnplacedError(EngineError):
+    """Ray found no node with room for an engine in time."""
+
+
 class EngineStoppedError(RuntimeError):
     """An engine's loop no longer steps it; the cause says why."""
 
