@@ -38,7 +38,7 @@ SEED = 5
 
 @dataclass
 class Nodes:
-    """A head without CPUs, on which the scenario runs, and nodes of one CPU for the engines."""
+    """The node on which the scenario runs, and others of one CPU for engines."""
 
     cluster: Cluster
     directory: Path
@@ -66,8 +66,9 @@ class Nodes:
 
 
 @contextmanager
-def started(directory: Path, num_nodes: int) -> Iterator[Nodes]:
-    head = {"num_cpus": 0, "_system_config": QUICK_TO_NOTICE, **SMALL}
+def started(directory: Path, num_nodes: int, head_cpus: int = 0) -> Iterator[Nodes]:
+    """num_nodes: besides the scenario's own, which has head_cpus for engines."""
+    head = {"num_cpus": head_cpus, "_system_config": QUICK_TO_NOTICE, **SMALL}
     nodes = Nodes(Cluster(initialize_head=True, head_node_args=head), directory)
     try:
         for _ in range(num_nodes):
@@ -102,6 +103,23 @@ def wait_for_engines(pool: RolloutPool, num_engines: int) -> None:
 
 def in_order(stream: Any) -> list:
     return sorted(stream, key=lambda group: IDS.index(group[0].group_id))
+
+
+def a_node_dies(directory: Path) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    with started(directory, num_nodes=1, head_cpus=1) as nodes, nodes.pool() as pool:
+        here = ray.get_runtime_context().get_node_id()
+        [there] = {info.node_id for info in pool.engine_infos} - {here}
+        seen["first sync"] = pool.sync_weights(nodes.weights(1), 1)
+        stream = pool.stream(PROMPTS, LONG, group_ids=IDS)
+        wait_for_tokens(pool)
+        nodes.kill(there)
+        seen["disturbed"] = in_order(stream)
+        seen["after death"] = pool.stats()
+        seen["second sync"] = pool.sync_weights(nodes.weights(2), 2)
+        seen["by one"] = pool.generate(PROMPTS, PARAMS, group_ids=IDS)
+        pool.check_integrity()
+    return seen
 
 
 def a_node_dies_and_another_comes(directory: Path) -> dict[str, Any]:
@@ -207,6 +225,7 @@ def no_place_for_a_replacement(directory: Path) -> dict[str, Any]:
 SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
     scenario.__name__: scenario
     for scenario in (
+        a_node_dies,
         a_node_dies_and_another_comes,
         a_node_dies_in_a_recompute_sync,
         a_node_dies_in_a_wait_sync,
