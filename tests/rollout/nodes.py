@@ -68,7 +68,7 @@ class Nodes:
 @contextmanager
 def started(directory: Path, num_nodes: int, head_cpus: int = 0) -> Iterator[Nodes]:
     """num_nodes: besides the scenario's own, which has head_cpus for engines."""
-    head = {"num_cpus": head_cpus, "_system_config": QUICK_TO_NOTICE, **SMALL}
+    head = {"num_cpus": head_cpus, "include_dashboard": False, "_system_config": QUICK_TO_NOTICE, **SMALL}
     nodes = Nodes(Cluster(initialize_head=True, head_node_args=head), directory)
     try:
         for _ in range(num_nodes):
