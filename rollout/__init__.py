@@ -14,6 +14,8 @@ _HOMES = {
     "Turn": "rollout.environment",
     "SyncReport": "rollout.sync_report",
     "EngineError": "rollout.errors",
+    "PoolDrainingError": "rollout.errors",
+    "draining_on_sigterm": "rollout.draining",
     "JournalError": "rollout.journal",
     "PoolStats": "rollout.coordinator",
     "EngineConfig": "engine",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NoReturn
 
+from rollout.errors import PoolDrainingError
 from rollout.rollout import Rollout
 from rollout.submission import PendingGroup, Submission
 
@@ -116,10 +117,10 @@ class RolloutBuffer:
     def submit(self, groups: Sequence[PendingGroup]) -> None:
         """They must have been found to have capacity."""
         version = self._policy_version()
+        self._submission.add(list(groups))
         for group in groups:
             self._running[group.request.group_id] = _Running(self._stats.num_submitted, version)
             self._stats.num_submitted += 1
-        self._submission.add(list(groups))
 
     def collect(self, num_groups: int, timeout: float | None) -> list[list[Rollout]]:
         """The next so many groups to finish that are not too old, in the order in which they were submitted.
@@ -180,13 +181,19 @@ class RolloutBuffer:
         if not stale:
             return
         self._ready = [ready for ready in self._ready if ready not in stale]
-        if self._limit.on_stale == "drop":
+        if self._limit.on_stale == "drop" or not self._draw_again(stale, policy_version):
             self._stats.num_stale_dropped += len(stale)
-            return
-        self._stats.num_stale_redrawn += len(stale)
+
+    def _draw_again(self, stale: list[_Ready], policy_version: int) -> bool:
+        """Not so in a pool that drains."""
+        try:
+            self._reserve([ready.group.request.group_id for ready in stale])
+            self._submission.add([ready.group for ready in stale])
+        except PoolDrainingError:
+            return False
         self._running |= {one.group.request.group_id: _Running(one.place, policy_version) for one in stale}
-        self._reserve([ready.group.request.group_id for ready in stale])
-        self._submission.add([ready.group for ready in stale])
+        self._stats.num_stale_redrawn += len(stale)
+        return True
 
     def _check_can_come(self, num_groups: int) -> None:
         if self.num_groups < num_groups:

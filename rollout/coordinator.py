@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from engine.outputs import EngineStats
+from rollout.draining import Drain
 from rollout.engine_actor import EngineInfo
 from rollout.errors import EngineError, Loss, is_loss, translate
 from rollout.fleet import EngineRef, EngineSpec, Fault, Fleet, Slot
@@ -42,8 +43,9 @@ class PoolStats:
     """A pool at one moment; counters are since it was built."""
 
     engines: tuple[EngineStats, ...]  # of those that serve, by engine id
-    num_engines_starting: int
+    num_engines_starting: int  # or waiting for a place in the cluster, or tried again after failures
     num_groups_running: int  # reserved or placed, by all handles
+    is_draining: bool  # and takes no new groups
     policy_version: int
     num_restarts: int  # of engines that died or hung
     num_redrawn_groups: int  # that were placed anew after one
@@ -58,6 +60,7 @@ class PoolCoordinator:
         self._router = Router()
         self._fleet = Fleet(spec, self._catch_up, self._on_serving, self._on_lost)
         self._switch = Switch(self._fleet, self._router, self._keep, weight_transport)
+        self._drain = Drain(self._router, self.abort)
         self._partials: Partials = {}
         self._losses: dict[str, Counter[Loss]] = {}  # by group: the engines that it has lost
         self._num_redrawn_groups = 0
@@ -81,8 +84,9 @@ class PoolCoordinator:
         engines = await asyncio.gather(*(self._ask(slot.ref, "stats") for slot in self._fleet.serving()))
         return PoolStats(
             engines=tuple(stats for stats in engines if stats is not None),
-            num_engines_starting=sum(slot.state == "starting" for slot in self._fleet.slots.values()),
+            num_engines_starting=sum(slot.state in ("starting", "failed") for slot in self._fleet.slots.values()),
             num_groups_running=self._router.num_groups,
+            is_draining=self._drain.is_on,
             policy_version=self._switch.policy_version,
             num_restarts=self._fleet.num_restarts,
             num_redrawn_groups=self._num_redrawn_groups,
@@ -94,6 +98,9 @@ class PoolCoordinator:
         return [*self._fleet.shutdown(), *self._switch.stores.values()]
 
     async def _retire(self, slot: Slot) -> None:
+        if slot.state != "serving":  # it has no groups, and may never have a place in the cluster
+            self._fleet.remove(slot)
+            return
         self._handing_over[slot.engine_id] = asyncio.Event()
         self._fleet.retire(slot)
         partials = await self._ask(slot.ref, "retire")
@@ -120,10 +127,12 @@ class PoolCoordinator:
     # --- groups ---
 
     async def reserve(self, group_ids: Sequence[str | None]) -> list[str]:
+        self._drain.check_admits(group_ids)
         return self._router.reserve(group_ids)
 
     async def assign(self, groups: Sequence[Routed]) -> Placement:
         await self._fleet.wait_for_serving()
+        self._drain.check_admits([group.group_id for group in groups])
         return self._placement(self._router.assign(groups))
 
     async def release(self, group_ids: Sequence[str]) -> None:
@@ -157,6 +166,9 @@ class PoolCoordinator:
         by_engine = self._router.locate(group_ids)
         refs = {slot.engine_id: slot.ref for slot in self._fleet.serving()}
         await asyncio.gather(*(self._ask(refs[i], "abort", ids) for i, ids in by_engine.items() if i in refs))
+
+    async def drain(self, timeout: float) -> list[str]:
+        return await self._drain.run(timeout)
 
     def _placement(self, assignments: list[Assignment]) -> Placement:
         used = {assignment.engine_id for assignment in assignments}

@@ -13,6 +13,14 @@ class EngineError(RuntimeError):
     """An engine (or the pool's coordinator) died or broke; nothing the caller can pass differently would help."""
 
 
+class PoolDrainingError(EngineError):
+    """The pool was told to drain (`PoolHandle.drain`), so it takes no new groups."""
+
+
+class EngineUnplacedError(EngineError):
+    """Ray found no node with room for an engine in time."""
+
+
 class EngineStoppedError(RuntimeError):
     """An engine's loop no longer steps it; the cause says why."""
 
@@ -39,13 +47,13 @@ def is_loss(error: BaseException) -> bool:
 def translate(who: str, error: BaseException) -> Exception:
     """The exception to raise in the caller's process for a remote `error` of `who` ("engine 1").
 
-    ValueError (the caller's mistake) and JournalError stay what they are, an EngineError keeps the name it has;
-    everything else becomes an EngineError that names `who`.
+    ValueError (the caller's mistake), JournalError and PoolDrainingError stay what they are, an EngineError keeps the
+    name it has; everything else becomes an EngineError that names `who`.
     """
     if isinstance(error, EngineError):
         return error
     cause = error.cause if isinstance(error, RayTaskError) else error
-    for kind in (ValueError, EngineError, JournalError):
+    for kind in (ValueError, PoolDrainingError, EngineError, JournalError):
         if isinstance(cause, kind):
             return kind(str(cause))
     if isinstance(error, RayTaskError):

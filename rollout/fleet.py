@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from engine import EngineConfig
 from rollout.engine_actor import EngineActor, EngineFactory, EngineInfo
-from rollout.errors import EngineError, translate
+from rollout.errors import EngineError, EngineUnplacedError, translate
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class EngineSpec:
     pool_name: str = "pool"
     placement_group: Any = None  # a bundle for each engine; None spreads them over the nodes
     num_bundles: int = 0  # of the placement group; engines beyond it are spread
-    start_seconds: float = 900.0  # in which it must be ready
+    start_seconds: float = 900.0  # in which it must be ready once it has a place
     hang_seconds: float = 300.0  # for which a step, a command or an answer may take
 
     def create(self, engine_id: int, incarnation: int) -> Any:
@@ -131,7 +131,7 @@ class Fleet:
         for engine_id in missing:
             old = self.slots.get(engine_id)
             if old is not None:
-                old.state = "retired"  # nobody tries on
+                self.remove(old)  # nobody tries on
             self.slots[engine_id] = Slot(engine_id, incarnation=-1 if old is None else old.incarnation)
         if self._watchdog is None:
             self._watchdog = asyncio.create_task(self._watch_for_hangs())
@@ -176,7 +176,7 @@ class Fleet:
         self.slots.pop(slot.engine_id, None)
         if slot.actor is not None:
             _kill(slot.actor)
-        self.spawn(self._tell())
+        self.spawn(self.tell())
 
     def retire(self, slot: Slot) -> None:
         """From now on it is given no work and not replaced."""
@@ -195,27 +195,46 @@ class Fleet:
         return actors
 
     async def _start(self, slot: Slot) -> None:
-        """One try: creates the actor, waits until it is ready, and catches it up."""
+        """One try: creates the actor, waits until it has a place and is ready, and catches it up."""
         slot.incarnation += 1
         slot.actor = self.spec.create(slot.engine_id, slot.incarnation)
-        actor, name = slot.actor, f"engine {slot.engine_id}"
+        name = f"engine {slot.engine_id}"
         try:
-            start = actor.start.remote(self.spec.config, self.spec.engine_factory)
-            slot.info = await asyncio.wait_for(start, self.spec.start_seconds)
+            await self._wait_for_place(slot)
+            slot.info = await self._build(slot)
             while not await self._catch_up(slot):
                 pass
-        except TimeoutError as error:
-            raise EngineError(
-                f"{name} is not ready after {self.spec.start_seconds:g} s: are there CPUs, GPUs and memory for it? "
-                "Raise start_seconds if the model needs longer"
-            ) from error
         except Exception as error:
             raise translate(name, error) from error
+        if slot.state == "retired":
+            raise EngineError(f"{name} was given up while it started")
         self._check_fingerprint(slot)
         slot.state, slot.failure, slot.num_failed_starts = "serving", None, 0
         self._on_serving(slot)
         slot.task = self.spawn(self._wait_for_end(slot, slot.incarnation))
-        await self._tell()
+        await self.tell()
+
+    async def _wait_for_place(self, slot: Slot) -> None:
+        """Until its process runs. Ray keeps looking for a node all the while, one that joins the cluster included."""
+        limit, spec = self.spec.start_seconds, self.spec
+        try:
+            await asyncio.wait_for(slot.actor.__ray_ready__.remote(), limit)
+        except TimeoutError as error:
+            bundle = f" in bundle {slot.engine_id} of its placement group" if slot.engine_id < spec.num_bundles else ""
+            raise EngineUnplacedError(
+                f"engine {slot.engine_id} has had no place in the cluster for {limit:g} s: it needs "
+                f"{spec.num_cpus:g} CPUs and {spec.num_gpus:g} GPUs{bundle}, so add a node, or scale the pool down"
+            ) from error
+
+    async def _build(self, slot: Slot) -> EngineInfo:
+        limit = self.spec.start_seconds
+        try:
+            return await asyncio.wait_for(slot.actor.start.remote(self.spec.config, self.spec.engine_factory), limit)
+        except TimeoutError as error:
+            raise EngineError(
+                f"engine {slot.engine_id} is not ready after {limit:g} s: is there memory for it? "
+                "Raise start_seconds if the model needs longer"
+            ) from error
 
     def _check_fingerprint(self, slot: Slot) -> None:
         others = {one.info.kernel_fingerprint for one in self.serving() if one.info is not None}
@@ -227,7 +246,8 @@ class Fleet:
             )
 
     async def _replace(self, slot: Slot) -> None:
-        """Tries until it stands."""
+        """Tries until it stands. For a place in the cluster it waits without a pause between two tries, since Ray asks
+        an autoscaler for a node only while somebody waits for one."""
         while slot.state in ("starting", "failed"):
             num_late = slot.num_failed_starts - MAX_FAILED_STARTS
             if num_late >= 0:
@@ -235,13 +255,18 @@ class Fleet:
             try:
                 await self._start(slot)
             except Exception as error:
-                self._note(slot, "start", str(error))
                 _kill(slot.actor)
-                slot.num_failed_starts += 1
-                slot.failure = error if isinstance(error, (EngineError, ValueError)) else EngineError(str(error))
-                if slot.num_failed_starts == MAX_FAILED_STARTS and slot.state == "starting":
-                    slot.state = "failed"
-                    await self._tell()
+                if slot.state != "retired":
+                    await self._note_failed_start(slot, error)
+
+    async def _note_failed_start(self, slot: Slot, error: Exception) -> None:
+        self._note(slot, "start", str(error))
+        slot.failure = error if isinstance(error, (EngineError, ValueError)) else EngineError(str(error))
+        has_no_place = isinstance(error, EngineUnplacedError)
+        slot.num_failed_starts += not has_no_place
+        if slot.state == "starting" and (has_no_place or slot.num_failed_starts == MAX_FAILED_STARTS):
+            slot.state = "failed"
+            await self.tell()
 
     async def _wait_for_end(self, slot: Slot, incarnation: int) -> None:
         try:
@@ -283,7 +308,8 @@ class Fleet:
             return type(failures[0])(f"no engine is left to draw, and replacements fail: {failures[0]}")
         return EngineError("no engine is left to draw: the pool was scaled down to none, or is shutting down")
 
-    async def _tell(self) -> None:
+    async def tell(self) -> None:
+        """Whoever waits for an engine looks again."""
         async with self._changed:
             self._changed.notify_all()
 

@@ -177,6 +177,21 @@ class PoolHandle:
         """
         self._ask("abort", list(group_ids))
 
+    def drain(self, timeout: float = 60.0) -> list[str]:
+        """Lets the running groups end and takes no others, on any handle, until the pool is shut down.
+
+        Returns once all are back at their callers. What has not ended after `timeout` seconds is aborted and comes back
+        with what it has, finish_reason "abort"; the ids of these groups are returned. From the first moment on `submit`
+        and a new `generate` or `stream` raise PoolDrainingError, and so does, in its place, the next prompt of an
+        iterator and the next turn of an episode; `collect`, `sync_weights` and `stats` work on.
+
+        Raises ValueError unless `timeout` is at least 0. Call it from another thread than the one that consumes a
+        stream: groups that still wait there for room in an engine are placed by that one.
+        """
+        if not timeout >= 0:
+            raise ValueError(f"timeout={timeout!r} must be at least 0 seconds")
+        return self._ask("drain", timeout)
+
     def sync_weights(
         self,
         named_tensors: NamedTensors,

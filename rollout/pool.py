@@ -43,7 +43,7 @@ class RolloutPool(PoolHandle):
         max_staleness, groups_per_version, on_stale: for `submit` and `collect`, see `StalenessLimit`.
         weight_transport: how `sync_weights` carries weights: "shared_memory" on one node, "broadcast" between nodes,
             "object_store" anywhere; "auto" takes the best there is.
-        start_seconds: in which an engine must be ready.
+        start_seconds: in which an engine must have a place in the cluster, and then again in which it must be ready.
         journal: a run directory in which every delivered group and every switch of weights is written down, for
             `python -m rollout.replay`. keep_weights_every: versions that it divides are kept there too, the latest
             `keep_last` of them; None keeps none.

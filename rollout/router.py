@@ -75,6 +75,10 @@ class Router:
         """Reserved, or placed and not released."""
         return len(self._running)
 
+    def placed_groups(self) -> list[str]:
+        """Those that an engine has, or had when it was lost."""
+        return [group_id for group_id, running in self._running.items() if running is not None]
+
     def reserve(self, group_ids: Sequence[str | None]) -> list[str]:
         """Takes the ids, None for the next free one; ValueError, and none taken, if one of them is in use.
 

@@ -72,6 +72,7 @@ def _arrivals(
                 note_delivered(rollouts)
                 yield group.position, rollouts
             submission.fill()
+        submission.check_complete()
     finally:
         submission.give_up()
 

@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 
 from engine import Completion, SamplingParams
 from rollout.coordinator import Placement
-from rollout.errors import Loss, is_loss, loss_of, translate
+from rollout.errors import Loss, PoolDrainingError, is_loss, loss_of, translate
 from rollout.fleet import EngineRef
 from rollout.requests import GroupRequest, GroupResult, token_cost
 from rollout.rollout import Rollout
@@ -106,6 +106,7 @@ class Submission:
         self._polled: set[EngineRef] = set()  # engines where a question is open
         self._arrived: list[tuple[PendingGroup, GroupResult]] = []  # and not taken
         self._failure: Exception | None = None
+        self._refusal: PoolDrainingError | None = None  # of groups that were waiting; used by the caller's thread alone
         self._is_given_up = False
 
     def __len__(self) -> int:
@@ -119,9 +120,16 @@ class Submission:
         self._send({group.request.group_id: group for group in groups}, placement)
 
     def fill(self) -> None:
-        """Places as many of the waiting groups as engines have room for, and at least one."""
+        """Places as many of the waiting groups as engines have room for, and at least one.
+
+        A pool that drains may refuse them; `check_complete` says so once the others are back.
+        """
         while batch := self._read_batch():
-            self.add(batch)
+            try:
+                self.add(batch)
+            except PoolDrainingError as refusal:
+                self._waiting, self._refusal = iter(()), refusal
+                return
 
     def take(self, timeout: float | None) -> list[tuple[PendingGroup, GroupResult]]:
         """Finished groups, at least one; none where `timeout` seconds have passed or nothing is placed.
@@ -135,6 +143,11 @@ class Submission:
                 raise self._failure
             arrived, self._arrived = self._arrived, []
             return arrived
+
+    def check_complete(self) -> None:
+        """Raises PoolDrainingError if groups were refused."""
+        if self._refusal is not None:
+            raise self._refusal
 
     def give_up(self) -> None:
         """Tells engines and coordinator to drop all groups. Waits for nobody: an engine may be dead."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.exceptions import RayError
 
 from rollout.errors import EngineError, is_loss, translate
 from rollout.fleet import EngineRef, Fleet, Slot
@@ -21,7 +22,7 @@ from rollout.journalling import Journalling
 from rollout.requests import Partials
 from rollout.router import Router
 from rollout.sync_report import CommitReport, SyncMode
-from rollout.weight_parcel import ObjectParcel, WeightParcel, WeightsUnreachableError
+from rollout.weight_parcel import ObjectParcel, SegmentParcel, WeightParcel, WeightsUnreachableError
 from rollout.weight_store import start_weight_stores
 from rollout.weight_transport import Route, WeightTransport, keep_weights
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from rollout.weight_archive import WeightArchive
 
 LEASE_SECONDS = 120.0  # after which a sync that nobody goes on with gives way to the next
+NO_PLACE_SECONDS = 15.0  # for which lost groups wait for a replacement before an engine that has finished draws them
 LOST_CALLER_SECONDS = 60.0  # for which a lost engine's groups may fail to go on elsewhere: their caller may be gone too
 
 Bucket = dict[str, WeightParcel]  # one bucket's parcels, by node id
@@ -94,8 +96,10 @@ class Switch:
                 self._discard(self._sync)
             self._check_version(policy_version, rollback)
             self._sync = _Sync(sync_id, policy_version)
-        nodes = tuple(dict.fromkeys(slot.node_id for slot in self._fleet.serving()))
-        missing = {sender_node, *nodes} - self.stores.keys() if self._transport != "object_store" else ()
+        # the sender's node holds the weights too, for engines that come when all that have them are gone
+        nodes = tuple(dict.fromkeys([*(slot.node_id for slot in self._fleet.serving()), sender_node]))
+        self._forget_dead_nodes()
+        missing = set(nodes) - self.stores.keys() if self._transport != "object_store" else ()
         self.stores |= start_weight_stores(sorted(missing))
         return Route(transport=self._transport, engine_nodes=nodes, stores=dict(self.stores))
 
@@ -148,7 +152,7 @@ class Switch:
         if weights is not None:
             sync = _Sync(f"catch-up-{weights.policy_version}", weights.policy_version)
             for bucket in weights.buckets:
-                await self._hand_over(slot, sync.sync_id, bucket)
+                await self._hand_over_what_is_left(slot, sync.sync_id, bucket)
             report = await ref.actor.commit_weights.remote(sync.sync_id, weights.policy_version, "recompute")
             self._caught_up[_life(ref)] = report
         return self._weights is weights
@@ -215,14 +219,30 @@ class Switch:
             self._fleet.lose(ref.engine_id, ref.incarnation, str(translate(str(ref), error)))
 
     async def _wait_for_lost_groups(self) -> None:
-        last_move = time.monotonic()
+        last_move = last_place = time.monotonic()
         while self._lost_groups:
             await asyncio.sleep(0.02)
             has_place = any(_life(slot.ref) not in self._finishing for slot in self._fleet.serving())
+            if has_place:
+                last_place = time.monotonic()
+            elif time.monotonic() - last_place > NO_PLACE_SECONDS:
+                await self._reopen_one()
             if not has_place or self._lost_groups == self._moved_groups:
                 last_move = time.monotonic()
             if time.monotonic() - last_move > LOST_CALLER_SECONDS:
                 self._lost_groups.intersection_update(self._moved_groups)
+
+    async def _reopen_one(self) -> None:
+        """Their node may never come back, so lost groups go to an engine that has finished; it finishes once more."""
+        slot = next(iter(self._fleet.serving()), None)
+        if slot is None:
+            return
+        try:
+            await slot.actor.resume.remote()
+        except Exception as error:
+            self._fleet.lose(slot.engine_id, slot.incarnation, str(translate(str(slot.ref), error)))
+        self._finishing.discard(_life(slot.ref))
+        await self._fleet.tell()
 
     async def _stop_finishing(self) -> None:
         """Engines that did not switch go on under the weights they have."""
@@ -246,7 +266,7 @@ class Switch:
             sync.touched = time.monotonic()
         except Exception as error:
             staged.discard(number)
-            if isinstance(getattr(error, "cause", None), WeightsUnreachableError):
+            if _is_unreachable(error):
                 raise WeightsUnreachableError(f"{ref}: {error.cause}") from error
             self._lose_or_raise(ref, error)
 
@@ -254,16 +274,41 @@ class Switch:
         parcel = await self._parcel_for(slot.node_id, bucket)
         await slot.actor.stage_weights.remote(sync_id, parcel)
 
+    async def _hand_over_what_is_left(self, slot: Slot, sync_id: str, bucket: Bucket) -> None:
+        """Of the weights in force, which nobody can send again."""
+        try:
+            await self._hand_over(slot, sync_id, bucket)
+        except Exception as error:
+            if not _is_unreachable(error):
+                raise
+            bucket.pop(slot.node_id)  # what held it has died
+            await self._hand_over(slot, sync_id, bucket)
+
     async def _parcel_for(self, node_id: str, bucket: Bucket) -> WeightParcel:
-        """One that the node can open. For a node that had no engine when the bucket was sent, another one's store makes
-        it."""
-        parcels = list(bucket.values())
+        """One that the node can open."""
         if node_id not in bucket:
-            anywhere = next((parcel for parcel in parcels if isinstance(parcel, ObjectParcel)), None)
-            if anywhere is None:
-                [anywhere] = await self.stores[next(iter(bucket))].export.remote(parcels[:1])
-            bucket[node_id] = anywhere
+            bucket[node_id] = await self._export(bucket)
         return bucket[node_id]
+
+    async def _export(self, bucket: Bucket) -> ObjectParcel:
+        """For a node that had no engine when the bucket was sent: by the store of one that had, and lives."""
+        for holder, parcel in bucket.items():
+            if isinstance(parcel, SegmentParcel) and holder in self.stores:
+                try:
+                    [exported] = await self.stores[holder].export.remote([parcel])
+                except RayError:
+                    continue
+                return exported
+        anywhere = next((parcel for parcel in bucket.values() if isinstance(parcel, ObjectParcel)), None)
+        if anywhere is None:
+            raise WeightsUnreachableError("no node that had the weights in force is left: sync them again")
+        return anywhere
+
+    def _forget_dead_nodes(self) -> None:
+        """Their stores answer no more, and what they made is lost."""
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        for node_id in self.stores.keys() - alive:
+            del self.stores[node_id]
 
     async def _commit_at(self, ref: EngineRef, sync: _Sync, mode: SyncMode) -> CommitReport | None:
         try:
@@ -318,6 +363,10 @@ def _tensors(parcels: Iterable[WeightParcel]) -> Iterator[tuple[str, torch.Tenso
     for parcel in parcels:
         for name, array in parcel.open().arrays.items():
             yield name, torch.from_numpy(array)
+
+
+def _is_unreachable(error: Exception) -> bool:
+    return isinstance(getattr(error, "cause", None), WeightsUnreachableError)
 
 
 def _life(ref: EngineRef) -> Life:

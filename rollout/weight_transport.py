@@ -73,7 +73,7 @@ class Route:
     """What a delivery needs to know of the pool."""
 
     transport: WeightTransport
-    engine_nodes: tuple[str, ...]  # node id of every engine, in engine order
+    engine_nodes: tuple[str, ...]  # node ids, of those that are to have the weights
     stores: Mapping[str, Any]  # WeightStore handles by node id
     relay_seconds: float = RELAY_SECONDS
 

@@ -15,7 +15,13 @@ from engine.model_config import SUPPORTED_ARCHITECTURES
 from rollout import Observation, Turn
 
 ROOT = Path(__file__).resolve().parents[2]
-CALCULATOR = ROOT / "docs" / "examples" / "multi_turn_calculator.py"
+EXAMPLES = ROOT / "docs" / "examples"
+CALCULATOR = EXAMPLES / "multi_turn_calculator.py"
+LOCKSTEP = {  # what each example asserts of its own forward pass
+    "synchronous.py": "assert torch.equal(output.logprobs, batch.rollout_logprobs)",
+    "asynchronous.py": "assert output.logprobs[fresh].equal(batch.rollout_logprobs[fresh])",
+    "multi_turn_calculator.py": "assert output.logprobs.equal(batch.rollout_logprobs)",
+}
 
 
 def python_block(page: str) -> str:
@@ -43,13 +49,37 @@ def test_readme_example_runs(tiny_model_dir: Callable[..., Path], tmp_path: Path
     assert output.splitlines()[-1].startswith("0 MB in ")
 
 
-def test_custom_trainer_trains_in_lockstep(tiny_model_dir: Callable[..., Path], tmp_path: Path):
-    code = python_block("docs/custom_trainer.md")
-    assert len([line for line in code.splitlines() if line.strip()]) < 40
-    assert "assert torch.equal(output.logprobs, batch.rollout_logprobs)" in code
-    code = code.replace("smollm2-135m-instruct", str(tiny_model_dir("llama"))).replace(", 20\n", ", 2\n", 1)
+def test_every_example_is_short_and_is_run_here():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == LOCKSTEP.keys()
+    for name in LOCKSTEP:
+        lines = (EXAMPLES / name).read_text().splitlines()
+        assert len([line for line in lines if line.strip() and not line.startswith('"""')]) < 40, name
+
+
+@pytest.mark.parametrize("name", LOCKSTEP)
+def test_an_example_trains_in_lockstep(name: str, tiny_model_dir: Callable[..., Path], tmp_path: Path):
+    code = (EXAMPLES / name).read_text()
+    assert LOCKSTEP[name] in code
+    code = code.replace("smollm2-135m-instruct", str(tiny_model_dir("llama"))).replace(", 20\n", ", 3\n", 1)
     output = run_code(code, tmp_path)
-    assert [line.split(":")[0] for line in output.splitlines()] == ["step 0", "step 1"]
+    assert [line.split(":")[0] for line in output.splitlines()] == ["step 0", "step 1", "step 2"]
+    if name == "asynchronous.py":
+        assert "100% of tokens fresh" in output.splitlines()[0]
+        assert "100% of tokens fresh" not in output.splitlines()[-1]
+
+
+def test_the_page_on_trainers_prints_the_synchronous_example():
+    assert (EXAMPLES / "synchronous.py").read_text().endswith(f'"""\n\n{python_block("docs/custom_trainer.md")}')
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["synchronous.py", "asynchronous.py"])
+def test_the_real_model_comes_nearer_to_seven_words(name: str, tmp_path: Path):
+    lines = run_code((EXAMPLES / name).read_text(), tmp_path).splitlines()
+    rewards = [float(re.search(r"reward (-?\d+\.\d+)", line)[1]) for line in lines]
+    assert len(rewards) == 20
+    assert sum(rewards[-5:]) > sum(rewards[:5])
 
 
 def test_the_multi_turn_page_plays_as_printed(tiny_model_dir: Callable[..., Path], tmp_path: Path):
@@ -57,15 +87,6 @@ def test_the_multi_turn_page_plays_as_printed(tiny_model_dir: Callable[..., Path
     output = run_code(code, tmp_path)
     assert len(output.splitlines()) == 4
     assert all(re.match(r"(-0\.[123]\d* [123]|1\.0 1|0\.[89]\d* [23]) ['\"]", line) for line in output.splitlines())
-
-
-def test_the_calculator_example_trains_in_lockstep(tiny_model_dir: Callable[..., Path], tmp_path: Path):
-    code = CALCULATOR.read_text()
-    assert len([line for line in code.splitlines() if line.strip()]) < 40
-    assert "assert output.logprobs.equal(batch.rollout_logprobs)" in code
-    code = code.replace("smollm2-135m-instruct", str(tiny_model_dir("llama"))).replace(", 20\n", ", 2\n", 1)
-    output = run_code(code, tmp_path)
-    assert [line.split(":")[0] for line in output.splitlines()] == ["step 0", "step 1"]
 
 
 def test_the_calculator_answers_what_the_model_asks_and_judges_what_it_says():
