@@ -86,12 +86,14 @@ class RolloutBuffer:
         reserve: Callable[[list[str]], object],
         num_groups_with_room: Callable[[], int],
         note_delivered: Callable[[list[Rollout]], None],
+        note_stats: Callable[[BufferStats], None] = lambda stats: None,
     ) -> None:
         """reserve: takes group ids again that are drawn once more. num_groups_with_room: without a limit, how many
-        groups engines have room for. note_delivered: is shown every group just before it is collected."""
+        groups engines have room for. note_delivered: is shown every group just before it is collected. note_stats: is
+        shown the counters whenever they have changed."""
         self._submission, self._limit = submission, limit
         self._policy_version, self._reserve, self._num_groups_with_room = policy_version, reserve, num_groups_with_room
-        self._note_delivered = note_delivered
+        self._note_delivered, self._note_stats = note_delivered, note_stats
         self._running: dict[str, _Running] = {}  # by group id
         self._ready: list[_Ready] = []
         self._taken = _Taken()
@@ -120,6 +122,7 @@ class RolloutBuffer:
             self._running[group.request.group_id] = _Running(self._stats.num_submitted, version)
             self._stats.num_submitted += 1
         self._submission.add(list(groups))
+        self._note_stats(self.stats())
 
     def collect(self, num_groups: int, timeout: float | None) -> list[list[Rollout]]:
         """The next so many groups to finish that are not too old, in the order in which they were submitted.
@@ -203,6 +206,7 @@ class RolloutBuffer:
         self._stats.num_collected += num_groups
         ages = [policy_version - v for ready in taken for one in ready.rollouts for v in one.policy_versions]
         self._stats.staleness_mean, self._stats.staleness_max = sum(ages) / max(1, len(ages)), max(ages, default=0)
+        self._note_stats(self.stats())
         return [ready.rollouts for ready in taken]
 
     def _describe_limit(self) -> str:

@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -15,12 +15,16 @@ from rollout.engine_actor import EngineInfo
 from rollout.errors import EngineError, Loss, is_loss, translate
 from rollout.fleet import EngineRef, EngineSpec, Fault, Fleet, Slot
 from rollout.journalling import Journalling
+from rollout.metrics import EXPORT_SECONDS, PoolMetrics
 from rollout.requests import Partials
 from rollout.router import Assignment, Routed, Router
 from rollout.switch import Switch
 from rollout.sync_report import CommitReport, SyncMode
 from rollout.weight_parcel import WeightParcel
 from rollout.weight_transport import Route, WeightTransport
+
+if TYPE_CHECKING:
+    from rollout.buffer import BufferStats
 
 # Of engines under one group, which may be what ends them. What an engine's own code raised, it will raise again.
 MAX_LOSSES: dict[Loss, int] = {"died": 5, "failed": 2}
@@ -56,6 +60,9 @@ class PoolCoordinator:
 
     def __init__(self, spec: EngineSpec, weight_transport: WeightTransport) -> None:
         self._router = Router()
+        self._metrics = PoolMetrics(spec.pool_name)
+        self._exporter: asyncio.Task | None = None
+        self._looked_at: dict[int, asyncio.Task] = {}  # engines whose stats are on their way
         self._fleet = Fleet(spec, self._catch_up, self._on_serving, self._on_lost)
         self._switch = Switch(self._fleet, self._router, self._keep, weight_transport)
         self._partials: Partials = {}
@@ -67,6 +74,8 @@ class PoolCoordinator:
 
     async def scale(self, num_engines: int) -> list[EngineInfo]:
         """Starts or ends engines; the groups of those that end go on elsewhere. What the serving engines say."""
+        if self._exporter is None:
+            self._exporter = self._fleet.spawn(self._export_metrics())
         for slot in reversed(await self._fleet.scale(num_engines)):
             await self._retire(slot)
         return await self.engine_infos()
@@ -81,13 +90,16 @@ class PoolCoordinator:
         engines = await asyncio.gather(*(self._ask(slot.ref, "stats") for slot in self._fleet.serving()))
         return PoolStats(
             engines=tuple(stats for stats in engines if stats is not None),
-            num_engines_starting=sum(slot.state == "starting" for slot in self._fleet.slots.values()),
+            num_engines_starting=self._fleet.num_starting,
             num_groups_running=self._router.num_groups,
             policy_version=self._switch.policy_version,
             num_restarts=self._fleet.num_restarts,
             num_redrawn_groups=self._num_redrawn_groups,
             faults=tuple(self._fleet.faults[-MAX_FAULTS:]),
         )
+
+    async def note_staleness(self, stats: BufferStats, max_staleness: int | None) -> None:
+        self._metrics.note_staleness(stats, max_staleness)
 
     async def shutdown(self) -> list[Any]:
         self._switch.close()
@@ -115,7 +127,33 @@ class PoolCoordinator:
         self._router.add_engine(slot.engine_id)
 
     def _on_lost(self, slot: Slot) -> None:
+        self._metrics.show_lost(slot.engine_id, slot.incarnation)
         self._switch.note_lost(self._router.remove_engine(slot.engine_id))
+
+    async def _export_metrics(self) -> None:
+        """An engine that takes its time is asked again once it has answered, and keeps no other waiting."""
+        while True:
+            for slot in self._fleet.serving():
+                if slot.engine_id not in self._looked_at or self._looked_at[slot.engine_id].done():
+                    self._looked_at[slot.engine_id] = self._fleet.spawn(self._export_engine(slot, slot.ref))
+            self._metrics.show_pool(
+                num_groups_running=self._router.num_groups,
+                num_engines_serving=len(self._fleet.serving()),
+                num_engines_starting=self._fleet.num_starting,
+                policy_version=self._switch.policy_version,
+                num_restarts=self._fleet.num_restarts,
+                num_redrawn_groups=self._num_redrawn_groups,
+                faults=self._fleet.faults,
+            )
+            await asyncio.sleep(EXPORT_SECONDS)
+
+    async def _export_engine(self, slot: Slot, ref: EngineRef) -> None:
+        try:
+            stats = await ref.actor.stats.remote()
+        except Exception:
+            return  # whoever waits for its end hears of it
+        if slot.state == "serving" and slot.ref == ref:  # else what it had is gone
+            self._metrics.show_engine(ref.engine_id, ref.incarnation, stats)
 
     # --- groups ---
 

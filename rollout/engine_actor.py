@@ -19,6 +19,7 @@ from engine import EngineConfig
 from engine.llm_engine import UpdateMode
 from engine.outputs import EngineStats
 from rollout.engine_loop import EngineLoop, Progress
+from rollout.metrics import LatencyMetrics
 from rollout.requests import GroupRequest, GroupResult, Partials
 from rollout.sync_report import CommitReport
 from rollout.weight_parcel import WeightParcel
@@ -31,6 +32,18 @@ MAX_COMMANDS = 8
 CONCURRENCY = {"collect": MAX_WAITING_CALLERS, "supervise": 2}
 
 EngineFactory = Callable[[EngineConfig], Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineName:
+    """Which engine of which pool an actor is, and the how manyeth."""
+
+    pool: str
+    engine_id: int
+    incarnation: int
+
+    def __str__(self) -> str:
+        return f"{self.pool}/engine-{self.engine_id}.{self.incarnation}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +63,8 @@ class EngineInfo:
 class EngineActor:
     """Every method may be called while the engine steps; errors reach the caller with their cause."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: EngineName) -> None:
+        self._latency = LatencyMetrics(name.pool, name.engine_id)
         self._loop: EngineLoop | None = None
         self._staging = WeightStaging()
         # weights arrive as read-only shared memory and are only ever read
@@ -58,7 +72,7 @@ class EngineActor:
 
     def start(self, config: EngineConfig, build_engine: EngineFactory) -> EngineInfo:
         """Builds the engine and begins to step it."""
-        self._loop = EngineLoop(lambda: _build_on_this_thread(config, build_engine))
+        self._loop = EngineLoop(lambda: _build_on_this_thread(config, build_engine), self._latency.show)
         self._loop.start()
         gc.collect()
         gc.freeze()  # the model and its libraries live as long as the process: no collection need look at them again

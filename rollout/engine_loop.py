@@ -62,8 +62,13 @@ class _Call:
 class EngineLoop:
     """Thread-safe front of an engine. The engine is built, stepped and dropped on the loop's own thread."""
 
-    def __init__(self, build_engine: Callable[[], Any]) -> None:
-        self._build_engine = build_engine
+    def __init__(
+        self,
+        build_engine: Callable[[], Any],
+        note_finished: Callable[[Sequence[Completion]], None] = lambda completions: None,
+    ) -> None:
+        """note_finished: is shown samples as they end, on the loop's thread."""
+        self._build_engine, self._note_finished = build_engine, note_finished
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._changed = threading.Condition()  # guards the fields below
         self._calls: dict[str, _Call] = {}
@@ -233,6 +238,7 @@ class EngineLoop:
 
     def _deliver(self, completions: Sequence[Completion]) -> None:
         """Hands a group over once its last sample is finished."""
+        self._note_finished(completions)
         for completion in completions:
             group = self._open_groups[completion.request_id]
             group.completions.append(completion)

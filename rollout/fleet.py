@@ -13,7 +13,7 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from engine import EngineConfig
-from rollout.engine_actor import EngineActor, EngineFactory, EngineInfo
+from rollout.engine_actor import EngineActor, EngineFactory, EngineInfo, EngineName
 from rollout.errors import EngineError, translate
 
 logger = logging.getLogger(__name__)
@@ -46,13 +46,14 @@ class EngineSpec:
         strategy: Any = "SPREAD"
         if engine_id < self.num_bundles:
             strategy = PlacementGroupSchedulingStrategy(self.placement_group, placement_group_bundle_index=engine_id)
+        name = EngineName(pool=self.pool_name, engine_id=engine_id, incarnation=incarnation)
         return EngineActor.options(
-            name=f"{self.pool_name}/engine-{engine_id}.{incarnation}",
+            name=str(name),
             num_cpus=self.num_cpus,
             num_gpus=self.num_gpus,
             scheduling_strategy=strategy,
             runtime_env=self.runtime_env,
-        ).remote()
+        ).remote(name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +146,10 @@ class Fleet:
 
     def serving(self) -> list[Slot]:
         return [slot for slot in self.slots.values() if slot.state == "serving"]
+
+    @property
+    def num_starting(self) -> int:
+        return sum(slot.state == "starting" for slot in self.slots.values())
 
     async def wait_for_serving(self, besides: Callable[[], set[int]] = set) -> None:
         """Until an engine serves that is not among `besides()`; EngineError once that cannot be hoped for."""
