@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NoReturn
 
+from rollout import logs
 from rollout.rollout import Rollout
 from rollout.submission import PendingGroup, Submission
+
+logger = logging.getLogger(__name__)
 
 OnStale = Literal["drop", "redraw"]
 
@@ -181,6 +185,7 @@ class RolloutBuffer:
         if not stale:
             return
         self._ready = [ready for ready in self._ready if ready not in stale]
+        self._log_stale([ready.group.request.group_id for ready in stale], policy_version)
         if self._limit.on_stale == "drop":
             self._stats.num_stale_dropped += len(stale)
             return
@@ -188,6 +193,11 @@ class RolloutBuffer:
         self._running |= {one.group.request.group_id: _Running(one.place, policy_version) for one in stale}
         self._reserve([ready.group.request.group_id for ready in stale])
         self._submission.add([ready.group for ready in stale])
+
+    def _log_stale(self, group_ids: list[str], policy_version: int) -> None:
+        assert self._limit is not None
+        fields = {"policy_version": policy_version, "on_stale": self._limit.on_stale, **logs.some_of(group_ids)}
+        logger.info("groups are older than max_staleness=%d", self._limit.max_staleness, extra=fields)
 
     def _check_can_come(self, num_groups: int) -> None:
         if self.num_groups < num_groups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from engine.outputs import EngineStats
+from rollout import logs
 from rollout.engine_actor import EngineInfo
 from rollout.errors import EngineError, Loss, is_loss, translate
 from rollout.fleet import EngineRef, EngineSpec, Fault, Fleet, Slot
@@ -25,6 +27,8 @@ from rollout.weight_transport import Route, WeightTransport
 
 if TYPE_CHECKING:
     from rollout.buffer import BufferStats
+
+logger = logging.getLogger(__name__)
 
 # Of engines under one group, which may be what ends them. What an engine's own code raised, it will raise again.
 MAX_LOSSES: dict[Loss, int] = {"died": 5, "failed": 2}
@@ -59,6 +63,7 @@ class PoolCoordinator:
     """Routes groups, knows the policy version, switches all engines to staged weights, and replaces those that fail."""
 
     def __init__(self, spec: EngineSpec, weight_transport: WeightTransport) -> None:
+        logs.configure(pool=spec.pool_name, actor="coordinator")
         self._router = Router()
         self._metrics = PoolMetrics(spec.pool_name)
         self._exporter: asyncio.Task | None = None
@@ -106,10 +111,15 @@ class PoolCoordinator:
         return [*self._fleet.shutdown(), *self._switch.stores.values()]
 
     async def _retire(self, slot: Slot) -> None:
+        fields = {"engine_id": slot.engine_id, "incarnation": slot.incarnation}
+        logger.info("engine %d retires", slot.engine_id, extra=fields)
         self._handing_over[slot.engine_id] = asyncio.Event()
         self._fleet.retire(slot)
         partials = await self._ask(slot.ref, "retire")
         self._keep(partials or {})
+        logger.info(
+            "engine %d has handed over its groups", slot.engine_id, extra=fields | logs.some_of(list(partials or {}))
+        )
         self._handing_over.pop(slot.engine_id).set()
         self._fleet.remove(slot)
 
@@ -183,12 +193,19 @@ class PoolCoordinator:
             losses = self._losses.setdefault(group_id, Counter())
             losses[loss] += 1
             if loss in MAX_LOSSES and losses[loss] >= MAX_LOSSES[loss]:
+                logger.error("group %s is given up", group_id, extra={"group_id": group_id, "cause": cause})
                 raise EngineError(f"{cause}; that was engine number {losses[loss]} under group {group_id!r}: given up")
         await self._fleet.wait_for_serving(besides=self._switch.finishing_engines)
         assignments = self._router.move(group_ids, avoid=self._switch.finishing_engines())
         self._num_redrawn_groups += len(assignments)
+        self._log_moved(ref, cause, assignments)
         self._switch.note_moved([assignment.group_id for assignment in assignments])
         return self._placement(assignments)
+
+    def _log_moved(self, ref: EngineRef, cause: str, assignments: list[Assignment]) -> None:
+        fields = {"engine_id": ref.engine_id, "incarnation": ref.incarnation, "cause": cause}
+        moved = logs.some_of([assignment.group_id for assignment in assignments])
+        logger.warning("groups of engine %d go on elsewhere", ref.engine_id, extra=fields | moved)
 
     async def abort(self, group_ids: Sequence[str]) -> None:
         """Ends running groups with what they have; ValueError for ids that are not running."""
@@ -221,8 +238,8 @@ class PoolCoordinator:
     async def stage(self, sync_id: str, number: int, node_id: str, parcel: WeightParcel) -> None:
         await self._switch.stage(sync_id, number, node_id, parcel)
 
-    async def commit(self, sync_id: str, mode: SyncMode, checksum: bytes) -> list[CommitReport]:
-        return await self._switch.commit(sync_id, mode, checksum)
+    async def commit(self, sync_id: str, mode: SyncMode, checksum: bytes, num_bytes: int = 0) -> list[CommitReport]:
+        return await self._switch.commit(sync_id, mode, checksum, num_bytes)
 
     async def keep_journal(self, journalling: Journalling) -> None:
         """From now on switches are written down."""

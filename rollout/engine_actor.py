@@ -18,6 +18,7 @@ import kernels
 from engine import EngineConfig
 from engine.llm_engine import UpdateMode
 from engine.outputs import EngineStats
+from rollout import logs
 from rollout.engine_loop import EngineLoop, Progress
 from rollout.metrics import LatencyMetrics
 from rollout.requests import GroupRequest, GroupResult, Partials
@@ -64,6 +65,7 @@ class EngineActor:
     """Every method may be called while the engine steps; errors reach the caller with their cause."""
 
     def __init__(self, name: EngineName) -> None:
+        logs.configure(pool=name.pool, actor="engine", engine_id=name.engine_id, incarnation=name.incarnation)
         self._latency = LatencyMetrics(name.pool, name.engine_id)
         self._loop: EngineLoop | None = None
         self._staging = WeightStaging()

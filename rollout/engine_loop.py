@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 from engine import Completion
 from rollout.errors import EngineRetiredError, EngineStoppedError
 from rollout.requests import GroupRequest, GroupResult, Partials
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 NAMED_GROUPS = 4  # of those open, in `Progress`
@@ -209,6 +212,7 @@ class EngineLoop:
         try:
             command.future.set_result(command.run(engine))
         except ValueError as refusal:  # the engine is as it was before
+            logger.warning("%s refused: %s", command.name, refusal)
             command.future.set_exception(refusal)
         except BaseException as error:
             command.future.set_exception(error)
@@ -219,6 +223,7 @@ class EngineLoop:
             try:
                 self._add_group(engine, call_id, request)
             except ValueError as refusal:
+                logger.warning("group refused: %s", refusal, extra={"group_id": request.group_id})
                 with self._changed:
                     call.refusal = refusal
                     self._changed.notify_all()

@@ -202,6 +202,7 @@ class Fleet:
     async def _start(self, slot: Slot) -> None:
         """One try: creates the actor, waits until it is ready, and catches it up."""
         slot.incarnation += 1
+        began = time.monotonic()
         slot.actor = self.spec.create(slot.engine_id, slot.incarnation)
         actor, name = slot.actor, f"engine {slot.engine_id}"
         try:
@@ -219,6 +220,12 @@ class Fleet:
         self._check_fingerprint(slot)
         slot.state, slot.failure, slot.num_failed_starts = "serving", None, 0
         self._on_serving(slot)
+        logger.info(
+            "engine %d %s",
+            slot.engine_id,
+            "is replaced" if slot.incarnation else "has started",
+            extra={**_life_of(slot), "seconds": round(time.monotonic() - began, 3)},
+        )
         slot.task = self.spawn(self._wait_for_end(slot, slot.incarnation))
         await self._tell()
 
@@ -280,7 +287,9 @@ class Fleet:
             time=time.time(), engine_id=slot.engine_id, incarnation=slot.incarnation, phase=phase, cause=cause
         )
         self.faults.append(fault)
-        logger.warning("engine %d (life %d) is replaced: %s", slot.engine_id, slot.incarnation, cause)
+        what = "did not start" if phase == "start" else "is lost"
+        fields = {**_life_of(slot), "phase": phase, "cause": cause}
+        logger.warning("engine %d %s: %s", slot.engine_id, what, cause, extra=fields)
 
     def _no_engine_left(self) -> EngineError | ValueError:
         failures = [slot.failure for slot in self.slots.values() if slot.failure is not None]
@@ -297,6 +306,10 @@ class Fleet:
         self._tasks.add(task)  # the loop itself keeps but a weak reference
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _life_of(slot: Slot) -> dict[str, int]:
+    return {"engine_id": slot.engine_id, "incarnation": slot.incarnation}
 
 
 def _kill(actor: Any) -> None:

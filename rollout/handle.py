@@ -29,6 +29,7 @@ from rollout.errors import translate
 from rollout.journal import Journal
 from rollout.journalling import Journalling
 from rollout.metrics import HandleMetrics
+from rollout.progress import GroupProgress, stderr_console
 from rollout.requests import GroupRequest
 from rollout.rollout import Rollout
 from rollout.stream import RolloutStream
@@ -99,17 +100,21 @@ class PoolHandle:
         group_ids: Sequence[str] | None = None,
         metadata: Sequence[Mapping[str, Any]] | None = None,
         timeout: float | None = None,
+        *,
+        progress: bool = False,
     ) -> list[list[Rollout]]:
         """Rollouts [prompt][sample], in the order of `prompts`.
 
         `params` is one for all prompts or a list with one each. `group_ids` name the prompts; with the run's seed they
         fix the samples, whatever engine draws them. Left out, they are g0, g1, ... in the order of submission.
         `metadata` (a mapping for each prompt) is handed through to the rollouts. `timeout` is in seconds.
+        `progress` shows a bar on standard error, if that is a terminal.
 
         An engine that dies or hangs costs time and nothing else. Raises ValueError for the caller's mistakes,
         EngineError if engines fail again and again, TimeoutError; in every case the groups that still run are aborted.
         """
-        return self.stream(prompts, params, group_ids, metadata, timeout).in_prompt_order()
+        stream = self.stream(prompts, params, group_ids, metadata, timeout, progress=progress)
+        return stream.in_prompt_order()
 
     def stream(
         self,
@@ -118,6 +123,8 @@ class PoolHandle:
         group_ids: Sequence[str] | None = None,
         metadata: Sequence[Mapping[str, Any]] | None = None,
         timeout: float | None = None,
+        *,
+        progress: bool = False,
     ) -> RolloutStream:
         """Submits at once, as `generate` does, and iterates over the groups as they finish.
 
@@ -126,10 +133,14 @@ class PoolHandle:
         """
         if isinstance(prompts, Iterator):
             reserved, groups = self._groups_of_iterator(prompts, params, group_ids, metadata)
+            num_groups = None
         else:
             reserved, groups = self._groups_of_list(prompts, params, group_ids, metadata)
+            num_groups = len(reserved)
         submission = Submission(self.coordinator, groups, reserved, self.config.max_num_seqs)
-        stream = RolloutStream(submission, timeout, self._note_delivered)
+        stream = RolloutStream(
+            submission, timeout, self._note_delivered, GroupProgress(num_groups, stderr_console() if progress else None)
+        )
         try:
             submission.fill()
         except BaseException:
@@ -217,7 +228,7 @@ class PoolHandle:
 
         def switch() -> SyncReport:
             with self._ending_sync_on_failure(sync_id):
-                commits = self._ask("commit", sync_id, mode, sender.checksum)
+                commits = self._ask("commit", sync_id, mode, sender.checksum, sender.num_bytes)
             report = SyncReport.from_commits(
                 policy_version=policy_version,
                 seconds=time.perf_counter() - start,

@@ -254,7 +254,7 @@ class PoolMetrics:
             engine.show_lost()
 
     def note_staleness(self, stats: BufferStats, max_staleness: int | None) -> None:
-        """Of a handle, whose own process could not show it for long: Ray drops a gauge that is not set again and again."""
+        """Of a handle, whose own process could not show it for long: Ray drops a gauge that is not set again."""
         self._staleness |= {
             "lockstep_staleness_mean_versions": stats.staleness_mean,
             "lockstep_staleness_max_versions": stats.staleness_max,
