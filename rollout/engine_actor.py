@@ -37,7 +37,7 @@ EngineFactory = Callable[[EngineConfig], Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineName:
-    """Which engine of which pool an actor is, and the how manyeth."""
+    """Which engine of which pool an actor is, and which of its lives."""
 
     pool: str
     engine_id: int

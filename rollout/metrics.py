@@ -155,7 +155,7 @@ METRICS: dict[str, MetricSpec] = {
             ("pool",),
             {
                 "lockstep_sync_completed_total": "weight syncs",
-                "lockstep_sync_failed_total": "weight syncs that raised",
+                "lockstep_sync_failed_total": "weight syncs that were begun and raised",
                 "lockstep_sync_seconds_total": "seconds from the first tensor read to the last acknowledgement",
                 "lockstep_sync_bytes_total": "float32 bytes of one copy of the weights",
                 "lockstep_sync_pause_seconds_total": "seconds in which no step could run, over all engines",
