@@ -42,7 +42,7 @@ def total(samples: Scrape, name: str, **labels: str) -> float:
 def wait_for(pool: str, is_there: Callable[[Scrape], bool]) -> Scrape:
     deadline = time.monotonic() + 60
     while not is_there(samples := scrape(pool)):
-        assert time.monotonic() < deadline, f"not among {samples}"
+        assert time.monotonic() < deadline, f"not among {sorted((name, value) for name, _, value in samples)}"
         time.sleep(0.5)
     return samples
 
@@ -81,6 +81,8 @@ def samples(local_ray, config, make_weights) -> Scrape:
                 and total(seen, "lockstep_pool_engines_serving") == 2
                 and total(seen, "lockstep_pool_restarts_total") == 1
                 and total(seen, "lockstep_engine_requests_running", engine_id="1") == 0
+                and total(seen, "lockstep_engine_inter_token_seconds_count", engine_id="0") > 0
+                and total(seen, "lockstep_engine_inter_token_seconds_count", engine_id="1") > 0
                 and total(seen, "lockstep_sync_failed_total") == 1
                 and total(seen, "lockstep_staleness_max_versions") > 0
             ),

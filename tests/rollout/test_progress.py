@@ -1,9 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pty
-import sys
 
 import pytest
 from rich.console import Console
@@ -21,53 +21,61 @@ def pool(local_ray, config):
         yield pool
 
 
+class Terminal:
+    """A pseudo-terminal as standard error while it is entered (by the test itself: pytest sets it anew after a fixture);
+    `text` is what was written to it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+        self.text = ""
+
+    def __enter__(self) -> Terminal:
+        for name in ("NO_COLOR", "CI"):
+            self._monkeypatch.delenv(name, raising=False)
+        self._monkeypatch.setenv("TERM", "xterm")
+        self._monkeypatch.setenv("COLUMNS", "120")
+        self._main, other = pty.openpty()
+        self._redirection = contextlib.redirect_stderr(os.fdopen(other, "w"))
+        self._stderr = self._redirection.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._redirection.__exit__(*error)
+        self._stderr.flush()
+        os.set_blocking(self._main, False)
+        with contextlib.suppress(BlockingIOError):
+            while piece := os.read(self._main, 65536):
+                self.text += piece.decode()
+        self._stderr.close()
+        os.close(self._main)
+
+
 @pytest.fixture
-def terminal(monkeypatch):
-    """Standard error as a pseudo-terminal; what was written to it, once asked."""
-    main, other = pty.openpty()
-    stderr = os.fdopen(other, "w")
-    monkeypatch.setattr(sys, "stderr", stderr)
-    for name in ("NO_COLOR", "CI"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def written() -> str:
-        stderr.flush()
-        os.set_blocking(main, False)
-        pieces = []
-        try:
-            while piece := os.read(main, 65536):
-                pieces.append(piece)
-        except BlockingIOError:
-            pass
-        return b"".join(pieces).decode()
-
-    yield written
-    stderr.close()
-    os.close(main)
+def terminal(monkeypatch) -> Terminal:
+    return Terminal(monkeypatch)
 
 
 def test_generate_shows_groups_and_tokens_on_a_terminal(pool, terminal):
-    groups = pool.generate([[5], [6], [7]], PARAMS, progress=True)
+    with terminal:
+        groups = pool.generate([[5], [6], [7]], PARAMS, progress=True)
     assert len(groups) == 3
-    text = terminal()
-    assert "3/3" in text
-    assert "tokens/s" in text
+    assert "3/3" in terminal.text
+    assert "tokens/s" in terminal.text
 
 
 def test_a_stream_shows_what_has_come_when_it_is_left(pool, terminal):
-    stream = pool.stream(iter([[5], [6], [7]]), PARAMS, progress=True)
-    next(stream)
-    stream.close()
-    text = terminal()
-    assert "1/?" in text
-    assert "3/" not in text
+    with terminal:
+        stream = pool.stream(iter([[5], [6], [7]]), PARAMS, progress=True)
+        next(stream)
+        stream.close()
+    assert "1/?" in terminal.text
+    assert "3/" not in terminal.text
 
 
 def test_nothing_is_shown_unasked(pool, terminal):
-    pool.generate([[5], [6]], PARAMS)
-    assert terminal() == ""
+    with terminal:
+        pool.generate([[5], [6]], PARAMS)
+    assert terminal.text == ""
 
 
 def test_nothing_is_shown_where_there_is_no_terminal(pool, capsys):
