@@ -22,8 +22,10 @@ def pool(local_ray, config):
 
 
 class Terminal:
-    """A pseudo-terminal as standard error while it is entered (by the test itself: pytest sets it anew after a fixture);
-    `text` is what was written to it."""
+    """A pseudo-terminal as standard error while it is entered; `text` is what was written to it.
+
+    The test enters it itself: after a fixture, pytest sets standard error anew.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
@@ -43,9 +45,11 @@ class Terminal:
         self._redirection.__exit__(*error)
         self._stderr.flush()
         os.set_blocking(self._main, False)
+        written = b""
         with contextlib.suppress(BlockingIOError):
             while piece := os.read(self._main, 65536):
-                self.text += piece.decode()
+                written += piece
+        self.text = written.decode()
         self._stderr.close()
         os.close(self._main)
 
