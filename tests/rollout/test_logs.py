@@ -26,18 +26,24 @@ def lines_of(pool: str) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def lines(local_ray, config, make_weights) -> list[dict]:
-    with RolloutPool(config, num_engines=2, name="logged") as pool:
-        stream = pool.stream([[5]] * 6, LONG, group_ids=IDS)
-        os.kill(pool.engine_infos[1].pid, signal.SIGKILL)
-        assert len(list(stream)) == 6
+def pool(local_ray, config) -> Iterator[RolloutPool]:
+    with RolloutPool(config, num_engines=2, name="logged", max_staleness=0, groups_per_version=1) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def lines(pool, make_weights) -> list[dict]:
+    """Of a pool that has lost an engine at work, synced, refused a sync, and was scaled down."""
+    stream = pool.stream([[5]] * 6, LONG, group_ids=IDS)
+    os.kill(pool.engine_infos[1].pid, signal.SIGKILL)
+    assert len(list(stream)) == 6
+    pool.sync_weights(make_weights(1), 5)
+    with pytest.raises(ValueError, match="must be greater"):
         pool.sync_weights(make_weights(1), 5)
-        with pytest.raises(ValueError, match="must be greater"):
-            pool.sync_weights(make_weights(1), 5)
-        while len(pool.engines) < 2:
-            time.sleep(0.1)
-        pool.scale(1)
-        return lines_of("logged")
+    while len(pool.engines) < 2:
+        time.sleep(0.1)
+    pool.scale(1)
+    return lines_of("logged")
 
 
 def find(lines: list[dict], start: str) -> list[dict]:
@@ -122,16 +128,14 @@ def test_a_level_or_format_that_there_is_not_is_refused(monkeypatch, name, value
         logs.worker_env()
 
 
-def test_groups_that_are_too_old_are_named(caplog, local_ray, config, make_weights):
-    with (
-        caplog.at_level(logging.INFO, "rollout.buffer"),
-        RolloutPool(config, max_staleness=0, groups_per_version=1) as pool,
-    ):
+def test_groups_that_are_too_old_are_named(caplog, pool, lines, make_weights):
+    with caplog.at_level(logging.INFO, "rollout.buffer"):
         pool.submit([[5]], SamplingParams(max_tokens=2), group_ids=["old"])
         while pool.stats().num_groups_running:
             time.sleep(0.05)
-        pool.sync_weights(make_weights(2), 1)
+        pool.sync_weights(make_weights(2), 6)
         with pytest.raises(ValueError, match="1 were dropped as too old"):
             pool.collect(1)
     [record] = [one for one in caplog.records if "older than max_staleness=0" in one.getMessage()]
-    assert (record.group_ids, record.num_groups, record.policy_version) == (["old"], 1, 1)
+    assert (record.group_ids, record.num_groups, record.policy_version) == (["old"], 1, 6)
+    pool.check_integrity()
