@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NoReturn
 
+from rollout import logs
 from rollout.errors import PoolDrainingError
 from rollout.rollout import Rollout
 from rollout.submission import PendingGroup, Submission
+
+logger = logging.getLogger(__name__)
 
 OnStale = Literal["drop", "redraw"]
 
@@ -87,12 +91,14 @@ class RolloutBuffer:
         reserve: Callable[[list[str]], object],
         num_groups_with_room: Callable[[], int],
         note_delivered: Callable[[list[Rollout]], None],
+        note_stats: Callable[[BufferStats], None] = lambda stats: None,
     ) -> None:
         """reserve: takes group ids again that are drawn once more. num_groups_with_room: without a limit, how many
-        groups engines have room for. note_delivered: is shown every group just before it is collected."""
+        groups engines have room for. note_delivered: is shown every group just before it is collected. note_stats: is
+        shown the counters whenever they have changed."""
         self._submission, self._limit = submission, limit
         self._policy_version, self._reserve, self._num_groups_with_room = policy_version, reserve, num_groups_with_room
-        self._note_delivered = note_delivered
+        self._note_delivered, self._note_stats = note_delivered, note_stats
         self._running: dict[str, _Running] = {}  # by group id
         self._ready: list[_Ready] = []
         self._taken = _Taken()
@@ -121,6 +127,7 @@ class RolloutBuffer:
         for group in groups:
             self._running[group.request.group_id] = _Running(self._stats.num_submitted, version)
             self._stats.num_submitted += 1
+        self._note_stats(self.stats())
 
     def collect(self, num_groups: int, timeout: float | None) -> list[list[Rollout]]:
         """The next so many groups to finish that are not too old, in the order in which they were submitted.
@@ -181,6 +188,7 @@ class RolloutBuffer:
         if not stale:
             return
         self._ready = [ready for ready in self._ready if ready not in stale]
+        self._log_stale([ready.group.request.group_id for ready in stale], policy_version)
         if self._limit.on_stale == "drop" or not self._draw_again(stale, policy_version):
             self._stats.num_stale_dropped += len(stale)
 
@@ -194,6 +202,11 @@ class RolloutBuffer:
         self._running |= {one.group.request.group_id: _Running(one.place, policy_version) for one in stale}
         self._stats.num_stale_redrawn += len(stale)
         return True
+
+    def _log_stale(self, group_ids: list[str], policy_version: int) -> None:
+        assert self._limit is not None
+        fields = {"policy_version": policy_version, "on_stale": self._limit.on_stale, **logs.some_of(group_ids)}
+        logger.info("groups are older than max_staleness=%d", self._limit.max_staleness, extra=fields)
 
     def _check_can_come(self, num_groups: int) -> None:
         if self.num_groups < num_groups:
@@ -212,6 +225,7 @@ class RolloutBuffer:
         self._stats.num_collected += num_groups
         ages = [policy_version - v for ready in taken for one in ready.rollouts for v in one.policy_versions]
         self._stats.staleness_mean, self._stats.staleness_max = sum(ages) / max(1, len(ages)), max(ages, default=0)
+        self._note_stats(self.stats())
         return [ready.rollouts for ready in taken]
 
     def _describe_limit(self) -> str:

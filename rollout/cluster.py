@@ -15,6 +15,8 @@ from typing import Any
 import ray
 from safetensors import safe_open
 
+from rollout import logs
+
 SHARED_MEMORY = Path("/dev/shm")
 MIB = 2**20
 GIB = 2**30
@@ -91,11 +93,12 @@ def disconnect() -> None:
 
 
 def actor_env(num_threads: int) -> dict[str, dict[str, str]]:
-    """Ray's runtime_env of an actor that computes: its threads, explicitly (Ray would set one), and where our packages
-    are. torch's threads sleep between two operations: while they poll, as is their habit, the kernels' own lack a core.
+    """Ray's runtime_env of an actor that computes: its threads, explicitly (Ray would set one), where our packages are,
+    and how it logs. torch's threads sleep between two operations: while they poll, as is their habit, the kernels' own
+    lack a core.
     """
     threads = {name: str(num_threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    return {"env_vars": {**threads, "OMP_WAIT_POLICY": "PASSIVE", **_import_path()}}
+    return {"env_vars": {**threads, "OMP_WAIT_POLICY": "PASSIVE", **logs.worker_env(), **_import_path()}}
 
 
 def _import_path() -> dict[str, str]:

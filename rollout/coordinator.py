@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from engine.outputs import EngineStats
+from rollout import logs
 from rollout.draining import Drain
 from rollout.engine_actor import EngineInfo
 from rollout.errors import EngineError, Loss, is_loss, translate
 from rollout.fleet import EngineRef, EngineSpec, Fault, Fleet, Slot
 from rollout.journalling import Journalling
+from rollout.metrics import EXPORT_SECONDS, PoolMetrics
 from rollout.requests import Partials
 from rollout.router import Assignment, Routed, Router
 from rollout.switch import Switch
 from rollout.sync_report import CommitReport, SyncMode
 from rollout.weight_parcel import WeightParcel
 from rollout.weight_transport import Route, WeightTransport
+
+if TYPE_CHECKING:
+    from rollout.buffer import BufferStats
+
+logger = logging.getLogger(__name__)
 
 # Of engines under one group, which may be what ends them. What an engine's own code raised, it will raise again.
 MAX_LOSSES: dict[Loss, int] = {"died": 5, "failed": 2}
@@ -57,7 +65,11 @@ class PoolCoordinator:
     """Routes groups, knows the policy version, switches all engines to staged weights, and replaces those that fail."""
 
     def __init__(self, spec: EngineSpec, weight_transport: WeightTransport) -> None:
+        logs.configure(pool=spec.pool_name, actor="coordinator")
         self._router = Router()
+        self._metrics = PoolMetrics(spec.pool_name)
+        self._exporter: asyncio.Task | None = None
+        self._looked_at: dict[int, asyncio.Task] = {}  # engines whose stats are on their way
         self._fleet = Fleet(spec, self._catch_up, self._on_serving, self._on_lost)
         self._switch = Switch(self._fleet, self._router, self._keep, weight_transport)
         self._drain = Drain(self._router, self.abort)
@@ -70,6 +82,8 @@ class PoolCoordinator:
 
     async def scale(self, num_engines: int) -> list[EngineInfo]:
         """Starts or ends engines; the groups of those that end go on elsewhere. What the serving engines say."""
+        if self._exporter is None:
+            self._exporter = self._fleet.spawn(self._export_metrics())
         for slot in reversed(await self._fleet.scale(num_engines)):
             await self._retire(slot)
         return await self.engine_infos()
@@ -84,7 +98,7 @@ class PoolCoordinator:
         engines = await asyncio.gather(*(self._ask(slot.ref, "stats") for slot in self._fleet.serving()))
         return PoolStats(
             engines=tuple(stats for stats in engines if stats is not None),
-            num_engines_starting=sum(slot.state in ("starting", "failed") for slot in self._fleet.slots.values()),
+            num_engines_starting=self._fleet.num_starting,
             num_groups_running=self._router.num_groups,
             is_draining=self._drain.is_on,
             policy_version=self._switch.policy_version,
@@ -93,11 +107,16 @@ class PoolCoordinator:
             faults=tuple(self._fleet.faults[-MAX_FAULTS:]),
         )
 
+    async def note_staleness(self, stats: BufferStats, max_staleness: int | None) -> None:
+        self._metrics.note_staleness(stats, max_staleness)
+
     async def shutdown(self) -> list[Any]:
         self._switch.close()
         return [*self._fleet.shutdown(), *self._switch.stores.values()]
 
     async def _retire(self, slot: Slot) -> None:
+        fields = {"engine_id": slot.engine_id, "incarnation": slot.incarnation}
+        logger.info("engine %d retires", slot.engine_id, extra=fields)
         if slot.state != "serving":  # it has no groups, and may never have a place in the cluster
             self._fleet.remove(slot)
             return
@@ -105,6 +124,9 @@ class PoolCoordinator:
         self._fleet.retire(slot)
         partials = await self._ask(slot.ref, "retire")
         self._keep(partials or {})
+        logger.info(
+            "engine %d has handed over its groups", slot.engine_id, extra=fields | logs.some_of(list(partials or {}))
+        )
         self._handing_over.pop(slot.engine_id).set()
         self._fleet.remove(slot)
 
@@ -122,7 +144,33 @@ class PoolCoordinator:
         self._router.add_engine(slot.engine_id)
 
     def _on_lost(self, slot: Slot) -> None:
+        self._metrics.show_lost(slot.engine_id, slot.incarnation)
         self._switch.note_lost(self._router.remove_engine(slot.engine_id))
+
+    async def _export_metrics(self) -> None:
+        """An engine that takes its time is asked again once it has answered, and keeps no other waiting."""
+        while True:
+            for slot in self._fleet.serving():
+                if slot.engine_id not in self._looked_at or self._looked_at[slot.engine_id].done():
+                    self._looked_at[slot.engine_id] = self._fleet.spawn(self._export_engine(slot, slot.ref))
+            self._metrics.show_pool(
+                num_groups_running=self._router.num_groups,
+                num_engines_serving=len(self._fleet.serving()),
+                num_engines_starting=self._fleet.num_starting,
+                policy_version=self._switch.policy_version,
+                num_restarts=self._fleet.num_restarts,
+                num_redrawn_groups=self._num_redrawn_groups,
+                faults=self._fleet.faults,
+            )
+            await asyncio.sleep(EXPORT_SECONDS)
+
+    async def _export_engine(self, slot: Slot, ref: EngineRef) -> None:
+        try:
+            stats = await ref.actor.stats.remote()
+        except Exception:
+            return  # whoever waits for its end hears of it
+        if slot.state == "serving" and slot.ref == ref:  # else what it had is gone
+            self._metrics.show_engine(ref.engine_id, ref.incarnation, stats)
 
     # --- groups ---
 
@@ -154,12 +202,19 @@ class PoolCoordinator:
             losses = self._losses.setdefault(group_id, Counter())
             losses[loss] += 1
             if loss in MAX_LOSSES and losses[loss] >= MAX_LOSSES[loss]:
+                logger.error("group %s is given up", group_id, extra={"group_id": group_id, "cause": cause})
                 raise EngineError(f"{cause}; that was engine number {losses[loss]} under group {group_id!r}: given up")
         await self._fleet.wait_for_serving(besides=self._switch.finishing_engines)
         assignments = self._router.move(group_ids, avoid=self._switch.finishing_engines())
         self._num_redrawn_groups += len(assignments)
+        self._log_moved(ref, cause, assignments)
         self._switch.note_moved([assignment.group_id for assignment in assignments])
         return self._placement(assignments)
+
+    def _log_moved(self, ref: EngineRef, cause: str, assignments: list[Assignment]) -> None:
+        fields = {"engine_id": ref.engine_id, "incarnation": ref.incarnation, "cause": cause}
+        moved = logs.some_of([assignment.group_id for assignment in assignments])
+        logger.warning("groups of engine %d go on elsewhere", ref.engine_id, extra=fields | moved)
 
     async def abort(self, group_ids: Sequence[str]) -> None:
         """Ends running groups with what they have; ValueError for ids that are not running."""
@@ -195,8 +250,8 @@ class PoolCoordinator:
     async def stage(self, sync_id: str, number: int, node_id: str, parcel: WeightParcel) -> None:
         await self._switch.stage(sync_id, number, node_id, parcel)
 
-    async def commit(self, sync_id: str, mode: SyncMode, checksum: bytes) -> list[CommitReport]:
-        return await self._switch.commit(sync_id, mode, checksum)
+    async def commit(self, sync_id: str, mode: SyncMode, checksum: bytes, num_bytes: int = 0) -> list[CommitReport]:
+        return await self._switch.commit(sync_id, mode, checksum, num_bytes)
 
     async def keep_journal(self, journalling: Journalling) -> None:
         """From now on switches are written down."""

@@ -16,7 +16,9 @@ import ray
 import kernels
 from engine import EngineConfig
 from engine.outputs import EngineStats, UpdateMode
+from rollout import logs
 from rollout.engine_loop import EngineLoop, Progress
+from rollout.metrics import LatencyMetrics
 from rollout.requests import GroupRequest, GroupResult, Partials
 from rollout.sync_report import CommitReport
 from rollout.weight_parcel import WeightParcel
@@ -31,6 +33,18 @@ MAX_COMMANDS = 8
 CONCURRENCY = {"collect": MAX_WAITING_CALLERS, "supervise": 2}
 
 EngineFactory = Callable[[EngineConfig], Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineName:
+    """Which engine of which pool an actor is, and which of its lives."""
+
+    pool: str
+    engine_id: int
+    incarnation: int
+
+    def __str__(self) -> str:
+        return f"{self.pool}/engine-{self.engine_id}.{self.incarnation}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +64,11 @@ class EngineInfo:
 class EngineActor:
     """Every method may be called while the engine steps; errors reach the caller with their cause."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: EngineName) -> None:
         from rollout.weight_sync import WeightStaging
 
+        logs.configure(pool=name.pool, actor="engine", engine_id=name.engine_id, incarnation=name.incarnation)
+        self._latency = LatencyMetrics(name.pool, name.engine_id)
         self._loop: EngineLoop | None = None
         self._staging: WeightStaging = WeightStaging()
         # weights arrive as read-only shared memory and are only ever read
@@ -60,7 +76,7 @@ class EngineActor:
 
     def start(self, config: EngineConfig, build_engine: EngineFactory | None) -> EngineInfo:
         """Builds the engine, an `LLMEngine` by default, and begins to step it."""
-        self._loop = EngineLoop(lambda: _build_on_this_thread(config, build_engine))
+        self._loop = EngineLoop(lambda: _build_on_this_thread(config, build_engine), self._latency.show)
         self._loop.start()
         gc.collect()
         gc.freeze()  # the model and its libraries live as long as the process: no collection need look at them again

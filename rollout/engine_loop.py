@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 from engine import Completion
 from rollout.errors import EngineRetiredError, EngineStoppedError
 from rollout.requests import GroupRequest, GroupResult, Partials
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 NAMED_GROUPS = 4  # of those open, in `Progress`
@@ -62,8 +65,13 @@ class _Call:
 class EngineLoop:
     """Thread-safe front of an engine. The engine is built, stepped and dropped on the loop's own thread."""
 
-    def __init__(self, build_engine: Callable[[], Any]) -> None:
-        self._build_engine = build_engine
+    def __init__(
+        self,
+        build_engine: Callable[[], Any],
+        note_finished: Callable[[Sequence[Completion]], None] = lambda completions: None,
+    ) -> None:
+        """note_finished: is shown samples as they end, on the loop's thread."""
+        self._build_engine, self._note_finished = build_engine, note_finished
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._changed = threading.Condition()  # guards the fields below
         self._calls: dict[str, _Call] = {}
@@ -204,6 +212,7 @@ class EngineLoop:
         try:
             command.future.set_result(command.run(engine))
         except ValueError as refusal:  # the engine is as it was before
+            logger.warning("%s refused: %s", command.name, refusal)
             command.future.set_exception(refusal)
         except BaseException as error:
             command.future.set_exception(error)
@@ -214,6 +223,7 @@ class EngineLoop:
             try:
                 self._add_group(engine, call_id, request)
             except ValueError as refusal:
+                logger.warning("group refused: %s", refusal, extra={"group_id": request.group_id})
                 with self._changed:
                     call.refusal = refusal
                     self._changed.notify_all()
@@ -233,6 +243,7 @@ class EngineLoop:
 
     def _deliver(self, completions: Sequence[Completion]) -> None:
         """Hands a group over once its last sample is finished."""
+        self._note_finished(completions)
         for completion in completions:
             group = self._open_groups[completion.request_id]
             group.completions.append(completion)

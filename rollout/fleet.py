@@ -13,7 +13,7 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from engine import EngineConfig
-from rollout.engine_actor import EngineActor, EngineFactory, EngineInfo
+from rollout.engine_actor import EngineActor, EngineFactory, EngineInfo, EngineName
 from rollout.errors import EngineError, EngineUnplacedError, translate
 
 logger = logging.getLogger(__name__)
@@ -46,13 +46,14 @@ class EngineSpec:
         strategy: Any = "SPREAD"
         if engine_id < self.num_bundles:
             strategy = PlacementGroupSchedulingStrategy(self.placement_group, placement_group_bundle_index=engine_id)
+        name = EngineName(pool=self.pool_name, engine_id=engine_id, incarnation=incarnation)
         return EngineActor.options(
-            name=f"{self.pool_name}/engine-{engine_id}.{incarnation}",
+            name=str(name),
             num_cpus=self.num_cpus,
             num_gpus=self.num_gpus,
             scheduling_strategy=strategy,
             runtime_env=self.runtime_env,
-        ).remote()
+        ).remote(name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +147,10 @@ class Fleet:
     def serving(self) -> list[Slot]:
         return [slot for slot in self.slots.values() if slot.state == "serving"]
 
+    @property
+    def num_starting(self) -> int:
+        return sum(slot.state in ("starting", "failed") for slot in self.slots.values())
+
     async def wait_for_serving(self, besides: Callable[[], set[int]] = set) -> None:
         """Until an engine serves that is not among `besides()`; EngineError once that cannot be hoped for."""
 
@@ -197,6 +202,7 @@ class Fleet:
     async def _start(self, slot: Slot) -> None:
         """One try: creates the actor, waits until it has a place and is ready, and catches it up."""
         slot.incarnation += 1
+        began = time.monotonic()
         slot.actor = self.spec.create(slot.engine_id, slot.incarnation)
         name = f"engine {slot.engine_id}"
         try:
@@ -211,6 +217,12 @@ class Fleet:
         self._check_fingerprint(slot)
         slot.state, slot.failure, slot.num_failed_starts = "serving", None, 0
         self._on_serving(slot)
+        logger.info(
+            "engine %d %s",
+            slot.engine_id,
+            "is replaced" if slot.incarnation else "has started",
+            extra={**_life_of(slot), "seconds": round(time.monotonic() - began, 3)},
+        )
         slot.task = self.spawn(self._wait_for_end(slot, slot.incarnation))
         await self.tell()
 
@@ -300,7 +312,9 @@ class Fleet:
             time=time.time(), engine_id=slot.engine_id, incarnation=slot.incarnation, phase=phase, cause=cause
         )
         self.faults.append(fault)
-        logger.warning("engine %d (life %d) is replaced: %s", slot.engine_id, slot.incarnation, cause)
+        what = "did not start" if phase == "start" else "is lost"
+        fields = {**_life_of(slot), "phase": phase, "cause": cause}
+        logger.warning("engine %d %s: %s", slot.engine_id, what, cause, extra=fields)
 
     def _no_engine_left(self) -> EngineError | ValueError:
         failures = [slot.failure for slot in self.slots.values() if slot.failure is not None]
@@ -318,6 +332,10 @@ class Fleet:
         self._tasks.add(task)  # the loop itself keeps but a weak reference
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _life_of(slot: Slot) -> dict[str, int]:
+    return {"engine_id": slot.engine_id, "incarnation": slot.incarnation}
 
 
 def _kill(actor: Any) -> None:

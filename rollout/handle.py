@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from rollout.engine_actor import EngineInfo
 from rollout.errors import translate
 from rollout.journal import Journal
 from rollout.journalling import Journalling
+from rollout.metrics import HandleMetrics
+from rollout.progress import GroupProgress, stderr_console
 from rollout.requests import GroupRequest
 from rollout.rollout import Rollout
 from rollout.stream import RolloutStream
@@ -49,6 +52,7 @@ class PoolHandle:
         coordinator: Any,
         staleness_limit: StalenessLimit | None = None,
         journalling: Journalling | None = None,
+        pool_name: str = "pool",
     ) -> None:
         self.config = config
         self.seed = seed  # of the run; with a group's id it fixes the group's samples
@@ -57,10 +61,11 @@ class PoolHandle:
         self.coordinator = coordinator  # PoolCoordinator handle
         self.staleness_limit = staleness_limit
         self.journalling = journalling
+        self.pool_name = pool_name  # as its actors' names begin, and its metrics are labelled
 
     def __getstate__(self) -> dict[str, Any]:
         # what is made where it is needed: the tokenizer, and this process's own submissions
-        made_here = ("tokenizer", "_buffer", "_background", "_journal")
+        made_here = ("tokenizer", "_buffer", "_background", "_journal", "_metrics")
         return {name: value for name, value in self.__dict__.items() if name not in made_here}
 
     @cached_property
@@ -95,17 +100,21 @@ class PoolHandle:
         group_ids: Sequence[str] | None = None,
         metadata: Sequence[Mapping[str, Any]] | None = None,
         timeout: float | None = None,
+        *,
+        progress: bool = False,
     ) -> list[list[Rollout]]:
         """Rollouts [prompt][sample], in the order of `prompts`.
 
         `params` is one for all prompts or a list with one each. `group_ids` name the prompts; with the run's seed they
         fix the samples, whatever engine draws them. Left out, they are g0, g1, ... in the order of submission.
         `metadata` (a mapping for each prompt) is handed through to the rollouts. `timeout` is in seconds.
+        `progress` shows a bar on standard error, if that is a terminal.
 
         An engine that dies or hangs costs time and nothing else. Raises ValueError for the caller's mistakes,
         EngineError if engines fail again and again, TimeoutError; in every case the groups that still run are aborted.
         """
-        return self.stream(prompts, params, group_ids, metadata, timeout).in_prompt_order()
+        stream = self.stream(prompts, params, group_ids, metadata, timeout, progress=progress)
+        return stream.in_prompt_order()
 
     def stream(
         self,
@@ -114,6 +123,8 @@ class PoolHandle:
         group_ids: Sequence[str] | None = None,
         metadata: Sequence[Mapping[str, Any]] | None = None,
         timeout: float | None = None,
+        *,
+        progress: bool = False,
     ) -> RolloutStream:
         """Submits at once, as `generate` does, and iterates over the groups as they finish.
 
@@ -122,10 +133,14 @@ class PoolHandle:
         """
         if isinstance(prompts, Iterator):
             reserved, groups = self._groups_of_iterator(prompts, params, group_ids, metadata)
+            num_groups = None
         else:
             reserved, groups = self._groups_of_list(prompts, params, group_ids, metadata)
+            num_groups = len(reserved)
         submission = Submission(self.coordinator, groups, reserved, self.config.max_num_seqs)
-        stream = RolloutStream(submission, timeout, self._note_delivered)
+        stream = RolloutStream(
+            submission, timeout, self._note_delivered, GroupProgress(num_groups, stderr_console() if progress else None)
+        )
         try:
             submission.fill()
         except BaseException:
@@ -223,24 +238,21 @@ class PoolHandle:
         here = ray.get_runtime_context().get_node_id()
         route = self._ask("begin_sync", sync_id, policy_version, rollback, here)
         sender = WeightSender(self.engine_info.weight_shapes)
-        try:
+        with self._ending_sync_on_failure(sync_id):
             self._deliver(route, sync_id, sender, named_tensors)
-        except BaseException:
-            self.coordinator.end_sync.remote(sync_id)
-            raise
 
         def switch() -> SyncReport:
-            try:
-                commits = self._ask("commit", sync_id, mode, sender.checksum)
-            finally:
-                self.coordinator.end_sync.remote(sync_id)
-            return SyncReport.from_commits(
+            with self._ending_sync_on_failure(sync_id):
+                commits = self._ask("commit", sync_id, mode, sender.checksum, sender.num_bytes)
+            report = SyncReport.from_commits(
                 policy_version=policy_version,
                 seconds=time.perf_counter() - start,
                 num_bytes=sender.num_bytes,
                 checksum=sender.checksum,
                 commits=commits,
             )
+            self._metrics.show_sync(report)
+            return report
 
         return switch() if blocking else self._background.submit(switch)
 
@@ -268,7 +280,18 @@ class PoolHandle:
             reserve=lambda group_ids: self._ask("reserve", group_ids),
             num_groups_with_room=lambda: QUEUED_BATCHES * self.config.max_num_seqs * len(self.engines),
             note_delivered=self._note_delivered,
+            note_stats=self._note_stats,
         )
+
+    def _note_stats(self, stats: BufferStats) -> None:
+        self._metrics.show_buffer(stats)
+        if stats.num_collected:
+            max_staleness = None if self.staleness_limit is None else self.staleness_limit.max_staleness
+            self.coordinator.note_staleness.remote(stats, max_staleness)
+
+    @cached_property
+    def _metrics(self) -> HandleMetrics:
+        return HandleMetrics(self.pool_name)
 
     @cached_property
     def _journal(self) -> Journal | None:
@@ -356,6 +379,15 @@ class PoolHandle:
     @cached_property
     def _background(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(1, thread_name_prefix="lockstep-sync")
+
+    @contextmanager
+    def _ending_sync_on_failure(self, sync_id: str) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.coordinator.end_sync.remote(sync_id)
+            self._metrics.show_failed_sync()
+            raise
 
     def _deliver(self, route: Route, sync_id: str, sender: WeightSender, named_tensors: NamedTensors) -> None:
         """First phase: every engine holds all weights and has verified them."""

@@ -115,6 +115,7 @@ class RolloutPool(PoolHandle):
                 engine_info=None,
                 coordinator=self._coordinator,
                 staleness_limit=limit,
+                pool_name=spec.pool_name,
             )
             self.engine_info = self.scale(num_engines)[0]
             if journal is not None:
@@ -135,6 +136,7 @@ class RolloutPool(PoolHandle):
             coordinator=self.coordinator,
             staleness_limit=self.staleness_limit,
             journalling=self.journalling,
+            pool_name=self.pool_name,
         )
 
     def scale(self, num_engines: int) -> list[EngineInfo]:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
+from rollout.progress import GroupProgress
 from rollout.rollout import Rollout
 from rollout.submission import Submission
 
@@ -19,12 +20,16 @@ class RolloutStream:
     """
 
     def __init__(
-        self, submission: Submission, timeout: float | None, note_delivered: Callable[[list[Rollout]], None]
+        self,
+        submission: Submission,
+        timeout: float | None,
+        note_delivered: Callable[[list[Rollout]], None],
+        progress: GroupProgress,
     ) -> None:
-        """timeout: seconds for all groups. note_delivered: is shown every group just before the caller is."""
+        """timeout: seconds for all groups. note_delivered, progress: see a group just before the caller does."""
         # neither refers back to the stream, so that dropping it aborts at once and not at some garbage collection
         self._submission = submission
-        self._arrivals = _arrivals(submission, timeout, note_delivered)
+        self._arrivals = _arrivals(submission, timeout, note_delivered, progress)
 
     def __iter__(self) -> Iterator[list[Rollout]]:
         return self
@@ -55,24 +60,29 @@ class RolloutStream:
 
 
 def _arrivals(
-    submission: Submission, timeout: float | None, note_delivered: Callable[[list[Rollout]], None]
+    submission: Submission,
+    timeout: float | None,
+    note_delivered: Callable[[list[Rollout]], None],
+    progress: GroupProgress,
 ) -> Iterator[tuple[int, list[Rollout]]]:
     """(place of the prompt, its rollouts) as groups finish."""
     deadline = None if timeout is None else time.monotonic() + timeout
     num_arrived = 0
     try:
-        submission.fill()
-        while len(submission):
-            arrived = submission.take(None if deadline is None else max(0.0, deadline - time.monotonic()))
-            if not arrived and deadline is not None and time.monotonic() >= deadline:
-                raise TimeoutError(_describe_wait(submission, num_arrived, timeout))
-            num_arrived += len(arrived)
-            for group, result in arrived:
-                rollouts = group.rollouts(result)
-                note_delivered(rollouts)
-                yield group.position, rollouts
+        with progress:
             submission.fill()
-        submission.check_complete()
+            while len(submission):
+                arrived = submission.take(None if deadline is None else max(0.0, deadline - time.monotonic()))
+                if not arrived and deadline is not None and time.monotonic() >= deadline:
+                    raise TimeoutError(_describe_wait(submission, num_arrived, timeout))
+                num_arrived += len(arrived)
+                for group, result in arrived:
+                    rollouts = group.rollouts(result)
+                    note_delivered(rollouts)
+                    progress.note(rollouts)
+                    yield group.position, rollouts
+                submission.fill()
+            submission.check_complete()
     finally:
         submission.give_up()
 

@@ -7,6 +7,7 @@ from then on the new version is in force, and an engine that fails to take it is
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
     from rollout.weight_archive import WeightArchive
 
+logger = logging.getLogger(__name__)
+
 LEASE_SECONDS = 120.0  # after which a sync that nobody goes on with gives way to the next
 NO_PLACE_SECONDS = 15.0  # for which lost groups wait for a replacement before an engine that has finished draws them
 LOST_CALLER_SECONDS = 60.0  # for which a lost engine's groups may fail to go on elsewhere: their caller may be gone too
@@ -47,6 +50,7 @@ class _Sync:
     policy_version: int
     buckets: list[Bucket] = field(default_factory=list)
     staged: dict[Life, set[int]] = field(default_factory=dict)  # numbers of the buckets that an engine holds
+    began: float = field(default_factory=time.monotonic)
     touched: float = field(default_factory=time.monotonic)
     is_committing: bool = False
 
@@ -96,11 +100,12 @@ class Switch:
                 self._discard(self._sync)
             self._check_version(policy_version, rollback)
             self._sync = _Sync(sync_id, policy_version)
+        logger.info("weight sync begun", extra=_fields(self._sync))
         # the sender's node holds the weights too, for engines that come when all that have them are gone
         nodes = tuple(dict.fromkeys([*(slot.node_id for slot in self._fleet.serving()), sender_node]))
         self._forget_dead_nodes()
         missing = set(nodes) - self.stores.keys() if self._transport != "object_store" else ()
-        self.stores |= start_weight_stores(sorted(missing))
+        self.stores |= start_weight_stores(sorted(missing), self._fleet.spec.pool_name)
         return Route(transport=self._transport, engine_nodes=nodes, stores=dict(self.stores))
 
     async def stage(self, sync_id: str, number: int, node_id: str, parcel: WeightParcel) -> None:
@@ -115,10 +120,11 @@ class Switch:
         here = [slot for slot in self._fleet.serving() if slot.node_id == node_id]
         await asyncio.gather(*(self._stage_at(slot, sync, number) for slot in here))
 
-    async def commit(self, sync_id: str, mode: SyncMode, checksum: bytes) -> list[CommitReport]:
+    async def commit(self, sync_id: str, mode: SyncMode, checksum: bytes, num_bytes: int = 0) -> list[CommitReport]:
         """Second phase; it runs to its end whatever becomes of the caller. Reports of the engines that switched.
 
-        checksum: of the weights, for the journal. JournalError, with every engine on its old weights, if it is full.
+        checksum: of the weights, for the journal. num_bytes: of them, for the log.
+        JournalError, with every engine on its old weights, if the journal is full.
         """
         sync = self._current(sync_id)
         sync.is_committing = True
@@ -128,6 +134,7 @@ class Switch:
             await self._fleet.wait_for_serving()
             numbers = range(len(sync.buckets))
             await asyncio.gather(*(self._stage_at(slot, sync, i) for slot in self._fleet.serving() for i in numbers))
+            logger.info("weights staged", extra=_fields(sync))
             await self._write_down(sync, mode, checksum)
             self.policy_version = sync.policy_version
             self._weights = _Weights(sync.policy_version, sync_id, sync.buckets)
@@ -135,7 +142,9 @@ class Switch:
             refs = [slot.ref for slot in self._fleet.serving()]
             engine_mode = "recompute" if mode == "wait" else mode
             reports = await asyncio.gather(*(self._commit_at(ref, sync, engine_mode) for ref in refs))
-            return [report for report in reports if report is not None] or [await self._first_caught_up()]
+            taken = [report for report in reports if report is not None]
+            _log_commit(sync, mode, num_bytes, taken)
+            return taken or [await self._first_caught_up()]
         finally:
             await self._stop_finishing()
             await self._clear(sync)
@@ -143,6 +152,7 @@ class Switch:
     def end(self, sync_id: str) -> None:
         """Drops a sync that was not committed; nothing happens if there is none."""
         if self._sync is not None and self._sync.sync_id == sync_id and not self._sync.is_committing:
+            logger.warning("weight sync dropped", extra=_fields(self._sync))
             self._discard(self._sync)
             self._fleet.spawn(self._clear(self._sync))
 
@@ -202,6 +212,7 @@ class Switch:
     async def _finish_started(self) -> None:
         """Every engine ends what it has begun. What a lost one had is drawn again first, by its replacement."""
         self._is_finishing = True
+        logger.info("engines end what they have begun", extra=_fields(self._sync))
         while True:
             await self._wait_for_lost_groups()
             todo = [slot for slot in self._fleet.serving() if _life(slot.ref) not in self._finishing]
@@ -330,6 +341,7 @@ class Switch:
     def _check_version(self, policy_version: int, rollback: bool) -> None:
         if policy_version > self.policy_version or (rollback and policy_version != self.policy_version):
             return
+        logger.warning("weight sync refused: its version is not new", extra={"policy_version": policy_version})
         raise ValueError(
             f"policy_version={policy_version} must be greater than the engines' {self.policy_version}: every sync "
             "needs a new version, or rollback=True to go back to an older one"
@@ -367,6 +379,22 @@ def _tensors(parcels: Iterable[WeightParcel]) -> Iterator[tuple[str, torch.Tenso
 
 def _is_unreachable(error: Exception) -> bool:
     return isinstance(getattr(error, "cause", None), WeightsUnreachableError)
+
+
+def _fields(sync: _Sync | None) -> dict[str, Any]:
+    return {} if sync is None else {"sync_id": sync.sync_id, "policy_version": sync.policy_version}
+
+
+def _log_commit(sync: _Sync, mode: SyncMode, num_bytes: int, reports: list[CommitReport]) -> None:
+    what = {
+        "mode": mode,
+        "seconds": round(time.monotonic() - sync.began, 3),
+        "bytes": num_bytes,
+        "num_engines": len(reports),
+        "pause_seconds": round(max((report.pause_seconds for report in reports), default=0.0), 4),
+        "num_recomputed_tokens": sum(report.num_recomputed_tokens for report in reports),
+    }
+    logger.info("weight sync committed", extra=_fields(sync) | what)
 
 
 def _life(ref: EngineRef) -> Life:

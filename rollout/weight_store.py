@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rollout import cluster
+from rollout import cluster, logs
 from rollout.shared_segment import SegmentAddress, close_segment, create_segment, map_segment
 
 if TYPE_CHECKING:
@@ -100,7 +100,8 @@ class WeightStore:
     Relaying has a thread of its own, so that a transfer that hangs holds up nothing else.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pool: str = "pool") -> None:
+        logs.configure(pool=pool, actor="weight-store")
         self._node_id = ray.get_runtime_context().get_node_id()
         self._segments = SegmentGenerations(self._node_id)
         self._group: RelayGroup | None = None
@@ -186,13 +187,13 @@ class WeightStore:
             raise
 
 
-def start_weight_stores(node_ids: Sequence[str]) -> dict[str, Any]:
+def start_weight_stores(node_ids: Sequence[str], pool: str = "pool") -> dict[str, Any]:
     """A store on each of these nodes, by node id; they end with the process that starts them."""
     return {
         node_id: WeightStore.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
             runtime_env=cluster.actor_env(num_threads=1),
-        ).remote()
+        ).remote(pool)
         for node_id in dict.fromkeys(node_ids)
     }
 

@@ -11,7 +11,7 @@ import torch
 
 import kernels
 from engine.config import available_cores
-from rollout import PoolHandle, Rollout, SyncReport
+from rollout import PoolHandle, Rollout, SyncReport, logs
 from rollout.cluster import actor_env
 from trainers.batch import PackedBatch, pack_micro_batches
 from trainers.grpo_config import GRPOConfig
@@ -173,11 +173,19 @@ def _joined(measured: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torc
     return torch.cat([torch.empty(0), *trainer]), torch.cat([torch.empty(0), *engine])
 
 
+class RemoteTrainerActor(TrainerActor):
+    """A TrainerActor in a process of its own, whose log is the service's."""
+
+    def __init__(self, model: str, numerics: str, config: GRPOConfig, pool: PoolHandle) -> None:
+        logs.configure(pool=pool.pool_name, actor="trainer")
+        super().__init__(model, numerics, config, pool)
+
+
 def start_trainer_actor(config: GRPOConfig, pool: PoolHandle) -> Any:
     """A Ray actor that runs a TrainerActor on the pool's model.
 
     It asks Ray for no CPU: trainer and engines take turns on the same cores, each with its own explicit num_threads.
     """
     environment = actor_env(config.num_threads or available_cores())
-    actor_class = ray.remote(num_cpus=0, runtime_env=environment)(TrainerActor)
+    actor_class = ray.remote(num_cpus=0, runtime_env=environment)(RemoteTrainerActor)
     return actor_class.remote(pool.config.model, pool.config.profile_name, config, pool)
