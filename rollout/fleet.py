@@ -148,6 +148,8 @@ class Fleet:
 
     async def wait_for_serving(self, besides: Callable[[], set[int]] = set) -> None:
         """Until an engine serves that is not among `besides()`; EngineError once that cannot be hoped for."""
+        if self._serves(besides()):  # as nearly always: there may be a thousand engines, and this is asked all the time
+            return
 
         def can_go_on() -> bool:
             hopeful = [slot for slot in self.slots.values() if slot.engine_id not in besides()]
@@ -155,7 +157,7 @@ class Fleet:
 
         async with self._changed:
             await self._changed.wait_for(can_go_on)
-        if not any(slot.engine_id not in besides() for slot in self.serving()):
+        if not self._serves(besides()):
             raise self._no_engine_left()
 
     def lose(self, engine_id: int, incarnation: int, cause: str, phase: Literal["serve", "hang"] = "serve") -> None:
@@ -276,6 +278,9 @@ class Fleet:
         )
         self.faults.append(fault)
         logger.warning("engine %d (life %d) is replaced: %s", slot.engine_id, slot.incarnation, cause)
+
+    def _serves(self, besides: set[int]) -> bool:
+        return any(slot.state == "serving" and slot.engine_id not in besides for slot in self.slots.values())
 
     def _no_engine_left(self) -> EngineError | ValueError:
         failures = [slot.failure for slot in self.slots.values() if slot.failure is not None]
