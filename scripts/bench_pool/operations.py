@@ -24,6 +24,7 @@ from rollout.coordinator import Placement
 from rollout.requests import GroupRequest, GroupResult
 from rollout.router import Routed, Router, prefixes_of
 from rollout.submission import PendingGroup
+from scripts.bench_pool.processes import cpu_seconds, pid_of
 from scripts.bench_pool.stub import VOCAB_SIZE
 
 PROMPT_TOKENS = 64
@@ -204,18 +205,18 @@ def call_cost(num_calls: int) -> CallCost:
 
 def _call_cost(num_calls: int) -> CallCost:
     echo = ray.remote(num_cpus=0)(Echo).remote()
-    actor = psutil.Process(ray.get(echo.__ray_call__.remote(_pid)))
+    actor = psutil.Process(ray.get(echo.__ray_call__.remote(pid_of)))
     ray.get([echo.echo.remote(0) for _ in range(num_calls)])
     start = time.perf_counter()
     for number in range(num_calls):
         ray.get(echo.echo.remote(number))
     round_trip = time.perf_counter() - start
-    caller, before = time.process_time(), _cpu_seconds(actor)
+    caller, before = time.process_time(), cpu_seconds(actor)
     ray.get([echo.echo.remote(number) for number in range(num_calls)])
     cost = CallCost(
         round_trip=1e6 * round_trip / num_calls,
         caller_cpu=1e6 * (time.process_time() - caller) / num_calls,
-        actor_cpu=1e6 * (_cpu_seconds(actor) - before) / num_calls,
+        actor_cpu=1e6 * (cpu_seconds(actor) - before) / num_calls,
     )
     ray.kill(echo)
     return cost
@@ -226,15 +227,6 @@ class Echo:
 
     async def echo(self, value: int) -> int:
         return value
-
-
-def _pid(actor: object) -> int:
-    return psutil.Process().pid
-
-
-def _cpu_seconds(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return times.user + times.system
 
 
 def _named(names: Sequence[str], groups: Iterable[Routed]) -> list[Routed]:

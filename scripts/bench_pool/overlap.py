@@ -33,7 +33,7 @@ import torch
 
 from engine import EngineConfig, LLMEngine, SamplingParams
 from engine.step_plan import ModelRunnerOutput
-from rollout import PoolHandle, RolloutPool
+from rollout import PoolHandle, Rollout, RolloutPool
 from rollout.buffer import StalenessLimit
 from scripts.bench_pool.stub import model_directory
 from scripts.bench_scheduling.stand_in import NUM_TOKEN_IDS, PreparedStep, StandIn
@@ -200,7 +200,7 @@ def run_asynchronously(
     return run
 
 
-def note_batch(run: Run, groups: Sequence[Sequence[object]]) -> None:
+def note_batch(run: Run, groups: Sequence[Sequence[Rollout]]) -> None:
     rollouts = [rollout for group in groups for rollout in group]
     run.num_samples += len(rollouts)
     run.num_tokens += sum(len(rollout.token_ids) for rollout in rollouts)

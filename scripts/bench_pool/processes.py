@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from typing import Literal
 
 import psutil
@@ -20,7 +19,7 @@ class Processes:
     """Of a pool whose Ray was started by this process, as its engines are now."""
 
     def __init__(self, pool: RolloutPool) -> None:
-        coordinator = ray.get(pool.coordinator.__ray_call__.remote(_pid))
+        coordinator = ray.get(pool.coordinator.__ray_call__.remote(pid_of))
         daemons = [one for one in psutil.Process().children(recursive=True) if one.name() in DAEMONS]
         if not daemons:
             raise ValueError("Ray's daemons are not children of this process: unset RAY_ADDRESS, it starts its own Ray")
@@ -33,7 +32,7 @@ class Processes:
 
     def cpu_seconds(self) -> dict[Role, float]:
         """User and system time since each of them was started."""
-        return {role: _cpu_seconds(processes) for role, processes in self._processes.items()}
+        return {role: sum(map(cpu_seconds, processes)) for role, processes in self._processes.items()}
 
     def resident_bytes(self, role: Role) -> int:
         """Of all processes of the role together; pages that they share count for each."""
@@ -48,10 +47,11 @@ def cpu_between(before: dict[Role, float], after: dict[Role, float]) -> dict[Rol
     return {role: after[role] - before[role] for role in before}
 
 
-def _cpu_seconds(processes: Iterable[psutil.Process]) -> float:
-    times = [process.cpu_times() for process in processes]
-    return sum(one.user + one.system for one in times)
+def cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
 
 
-def _pid(actor: object) -> int:
+def pid_of(actor: object) -> int:
+    """For `ACTOR.__ray_call__`."""
     return os.getpid()

@@ -9,7 +9,6 @@ and not in bursts. A run includes its beginning and its end, when not all seats 
 from __future__ import annotations
 
 import random
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -164,7 +163,3 @@ def sync(pool: RolloutPool) -> float:
     report = pool.sync_weights(stub_weights(version), version)
     assert report.is_lockstep, "an engine has other weights"
     return report.seconds
-
-
-def median_of(runs: Sequence[Throughput], figure: str) -> float:
-    return statistics.median(getattr(run, figure) for run in runs)
