@@ -231,7 +231,7 @@ class PoolCoordinator:
         return Placement(
             assignments=assignments,
             engines={i: self._fleet.slots[i].ref for i in used},
-            num_engines=len(self._fleet.serving()),
+            num_engines=self._router.num_engines,
             partials=partials,
         )
 

@@ -153,6 +153,8 @@ class Fleet:
 
     async def wait_for_serving(self, besides: Callable[[], set[int]] = set) -> None:
         """Until an engine serves that is not among `besides()`; EngineError once that cannot be hoped for."""
+        if self._serves(besides()):  # as nearly always: there may be a thousand engines, and this is asked all the time
+            return
 
         def can_go_on() -> bool:
             hopeful = [slot for slot in self.slots.values() if slot.engine_id not in besides()]
@@ -160,7 +162,7 @@ class Fleet:
 
         async with self._changed:
             await self._changed.wait_for(can_go_on)
-        if not any(slot.engine_id not in besides() for slot in self.serving()):
+        if not self._serves(besides()):
             raise self._no_engine_left()
 
     def lose(self, engine_id: int, incarnation: int, cause: str, phase: Literal["serve", "hang"] = "serve") -> None:
@@ -315,6 +317,9 @@ class Fleet:
         what = "did not start" if phase == "start" else "is lost"
         fields = {**_life_of(slot), "phase": phase, "cause": cause}
         logger.warning("engine %d %s: %s", slot.engine_id, what, cause, extra=fields)
+
+    def _serves(self, besides: set[int]) -> bool:
+        return any(slot.state == "serving" and slot.engine_id not in besides for slot in self.slots.values())
 
     def _no_engine_left(self) -> EngineError | ValueError:
         failures = [slot.failure for slot in self.slots.values() if slot.failure is not None]

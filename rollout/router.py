@@ -6,11 +6,13 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from heapq import heapify, heappop, heappush
 
 import numpy as np
 
 FIRST_PREFIX, LAST_PREFIX = 32, 2**15  # tokens: the beginnings that are remembered have 32, 64, 128, ... of them
 REMEMBERED_PREFIXES = 8192  # of an engine
+POOL_PREFIXES = 2**20  # of all engines together, at about 350 bytes each
 SLACK_TOKENS = 4096  # by which an engine that knows the beginning may be busier than the idlest one
 
 
@@ -47,11 +49,16 @@ def prefixes_of(token_ids: Sequence[int]) -> tuple[bytes, ...]:
 
 
 class Router:
-    """Outstanding work of every engine. Routing never changes a rollout, only when it is done."""
+    """Outstanding work of every engine. Routing never changes a rollout, only when it is done.
+
+    What a group costs to place does not grow with the number of engines, of which there may be a thousand.
+    """
 
     def __init__(self, engine_ids: Iterable[int] = ()) -> None:
         self.outstanding_tokens: dict[int, int] = {}
-        self._known_prefixes: dict[int, OrderedDict[bytes, None]] = {}
+        self._by_load: list[tuple[int, int]] = []  # heap of (outstanding tokens, engine id), entries gone by among them
+        self._known_prefixes: dict[int, OrderedDict[bytes, None]] = {}  # of engines that are given work
+        self._knowing: dict[bytes, list[int]] = {}  # the same by prefix
         self._running: dict[str, _Running | None] = {}  # None: reserved, not placed yet
         self._next_group = 0
         for engine_id in engine_ids:
@@ -59,16 +66,22 @@ class Router:
 
     def add_engine(self, engine_id: int) -> None:
         """It may be given work. An engine that comes back has forgotten what it had cached."""
-        self.outstanding_tokens.setdefault(engine_id, 0)
+        self._forget_all(engine_id)
         self._known_prefixes[engine_id] = OrderedDict()
+        self._charge(engine_id, 0)
 
     def remove_engine(self, engine_id: int) -> list[str]:
         """It is given no more work; the groups that it leaves behind stay on its account until they are moved."""
-        self._known_prefixes.pop(engine_id, None)
+        self._forget_all(engine_id)
         return self.groups_of(engine_id)
 
     def groups_of(self, engine_id: int) -> list[str]:
         return [name for name, running in self._running.items() if running and running.engine_id == engine_id]
+
+    @property
+    def num_engines(self) -> int:
+        """That may be given work."""
+        return len(self._known_prefixes)
 
     @property
     def num_groups(self) -> int:
@@ -111,7 +124,7 @@ class Router:
         for group_id in group_ids:
             running = self._running.pop(group_id, None)
             if running is not None:
-                self.outstanding_tokens[running.engine_id] -= running.group.num_tokens
+                self._charge(running.engine_id, -running.group.num_tokens)
 
     def is_running(self, group_id: str) -> bool:
         return group_id in self._running
@@ -127,30 +140,68 @@ class Router:
         return by_engine
 
     def _place(self, group: Routed, avoid: Collection[int] = ()) -> Assignment:
-        engine_id = self._choose(group, [i for i in self._known_prefixes if i not in avoid])
-        self.outstanding_tokens[engine_id] += group.num_tokens
+        engine_id = self._choose(group, avoid)
+        self._charge(engine_id, group.num_tokens)
         self._running[group.group_id] = _Running(group, engine_id)
         self._remember(engine_id, group.prefixes)
         return Assignment(group_id=group.group_id, engine_id=engine_id)
 
-    def _choose(self, group: Routed, engine_ids: Sequence[int]) -> int:
+    def _choose(self, group: Routed, avoid: Collection[int]) -> int:
         """Of the engines that are not much busier than the idlest, the one that knows most of the beginning."""
-        assert engine_ids, "the caller waits until an engine may be given work"
-        limit = min(self.outstanding_tokens[i] for i in engine_ids) + SLACK_TOKENS
-        candidates = [i for i in engine_ids if self.outstanding_tokens[i] <= limit]
-        return min(candidates, key=lambda i: (-self._num_known(i, group.prefixes), self.outstanding_tokens[i], i))
+        idlest = self._idlest(avoid)
+        limit = self.outstanding_tokens[idlest] + SLACK_TOKENS
+        for prefix in reversed(group.prefixes):
+            if prefix in self._known_prefixes[idlest]:
+                return idlest
+            knowing = [i for i in self._knowing.get(prefix, ()) if i not in avoid]
+            candidates = [load for load in map(self._load, knowing) if load[0] <= limit]
+            if candidates:
+                return min(candidates)[1]
+        return idlest
 
-    def _num_known(self, engine_id: int, prefixes: Sequence[bytes]) -> int:
-        known = self._known_prefixes[engine_id]
-        return next((place for place in range(len(prefixes), 0, -1) if prefixes[place - 1] in known), 0)
+    def _idlest(self, avoid: Collection[int]) -> int:
+        """The one with the smallest id, where there are several."""
+        if avoid:
+            loads = [self._load(i) for i in self._known_prefixes if i not in avoid]
+            assert loads, "the caller waits until an engine may be given work"
+            return min(loads)[1]
+        while self._by_load and not self._is_current(self._by_load[0]):
+            heappop(self._by_load)
+        assert self._by_load, "the caller waits until an engine may be given work"
+        return self._by_load[0][1]
+
+    def _load(self, engine_id: int) -> tuple[int, int]:
+        return self.outstanding_tokens[engine_id], engine_id
+
+    def _is_current(self, load: tuple[int, int]) -> bool:
+        return load[1] in self._known_prefixes and load == self._load(load[1])
+
+    def _charge(self, engine_id: int, num_tokens: int) -> None:
+        self.outstanding_tokens[engine_id] = self.outstanding_tokens.get(engine_id, 0) + num_tokens
+        heappush(self._by_load, self._load(engine_id))
+        if len(self._by_load) > 4 * len(self._known_prefixes) + 64:  # those gone by sink, and would pile up
+            self._by_load = [self._load(i) for i in self._known_prefixes]
+            heapify(self._by_load)
 
     def _remember(self, engine_id: int, prefixes: Sequence[bytes]) -> None:
         known = self._known_prefixes[engine_id]
         for prefix in prefixes:
+            if prefix not in known:
+                self._knowing.setdefault(prefix, []).append(engine_id)
             known[prefix] = None
             known.move_to_end(prefix)
-        while len(known) > REMEMBERED_PREFIXES:
-            known.popitem(last=False)
+        while len(known) > min(REMEMBERED_PREFIXES, POOL_PREFIXES // self.num_engines):
+            self._forget(engine_id, known.popitem(last=False)[0])
+
+    def _forget_all(self, engine_id: int) -> None:
+        for prefix in self._known_prefixes.pop(engine_id, ()):
+            self._forget(engine_id, prefix)
+
+    def _forget(self, engine_id: int, prefix: bytes) -> None:
+        knowing = self._knowing[prefix]
+        knowing.remove(engine_id)
+        if not knowing:
+            del self._knowing[prefix]
 
     def _fresh_id(self, requested: set[str]) -> str:
         while True:

@@ -120,7 +120,7 @@ class Submission:
         self._send({group.request.group_id: group for group in groups}, placement)
 
     def fill(self) -> None:
-        """Places as many of the waiting groups as engines have room for, and at least one.
+        """Places as many of the waiting groups as engines have room for, at least one where nothing is placed.
 
         A pool that drains may refuse them; `check_complete` says so once the others are back.
         """
@@ -173,6 +173,8 @@ class Submission:
         with self._changed:
             room = QUEUED_BATCHES * self._samples_at_once * self._num_engines - self._num_samples
             is_idle = not (self._placed or self._arrived)
+        if room < self._samples_at_once and not is_idle:
+            return []  # engines have plenty queued: a message for every group that ends would cost more than the group
         while room > 0 or (is_idle and not batch):
             group = self._next or next(self._waiting, None)
             self._next = None
