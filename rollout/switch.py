@@ -245,14 +245,14 @@ class Switch:
 
     async def _reopen_one(self) -> None:
         """Their node may never come back, so lost groups go to an engine that has finished; it finishes once more."""
-        slot = next(iter(self._fleet.serving()), None)
-        if slot is None:
+        ref = next((slot.ref for slot in self._fleet.serving()), None)
+        if ref is None:
             return
         try:
-            await slot.actor.resume.remote()
+            await ref.actor.resume.remote()
         except Exception as error:
-            self._fleet.lose(slot.engine_id, slot.incarnation, str(translate(str(slot.ref), error)))
-        self._finishing.discard(_life(slot.ref))
+            self._fleet.lose(ref.engine_id, ref.incarnation, str(translate(str(ref), error)))
+        self._finishing.discard(_life(ref))
         await self._fleet.tell()
 
     async def _stop_finishing(self) -> None:

@@ -63,16 +63,16 @@ class RayCluster:
 
 @pytest.fixture(scope="module")
 def cluster(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
-    gcs_port, job_port, *agent_ports = free_ports(4)
+    gcs_port, job_port, client_port, *agent_ports = free_ports(5)
     directory = tmp_path_factory.mktemp("cluster")
     cluster = RayCluster(checkout, directory, f"http://127.0.0.1:{job_port}", f"127.0.0.1:{gcs_port}")
     (directory / "token").write_text("0123456789abcdef" * 4)
     (directory / "token").chmod(0o600)
-    head = ["--head", f"--port={gcs_port}", f"--dashboard-port={job_port}", "--ray-client-server-port=0"]
+    head = ["--head", f"--port={gcs_port}", f"--dashboard-port={job_port}", f"--ray-client-server-port={client_port}"]
     processes = []
     try:
         processes.append(cluster.start(*head, f"--dashboard-agent-listen-port={agent_ports[0]}"))
-        wait_until_answered(cluster.job_server)
+        wait_until_answered(cluster.job_server, processes[0])
         joining = [f"--address={cluster.gcs_address}", f"--dashboard-agent-listen-port={agent_ports[1]}"]
         processes.append(cluster.start(*joining))
         yield cluster
@@ -89,9 +89,9 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def wait_until_answered(url: str) -> None:
+def wait_until_answered(url: str, server: psutil.Popen) -> None:
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and server.poll() is None:
         try:
             requests.get(url, timeout=5)
             return
