@@ -29,7 +29,6 @@ start_local_ray() {
     fi
     export RAY_API_SERVER_ADDRESS=http://127.0.0.1:$default_port
     (umask 077 && scripts/run ray get-auth-token --generate >/dev/null)
-    export RAY_AUTH_MODE=token # else it would ask nobody for it
     say "starting a local Ray for this job"
     scripts/run ray start --head --block --port=0 --dashboard-host=127.0.0.1 --dashboard-port="$default_port" \
         --disable-usage-stats </dev/null >/dev/null &
