@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, object]]
 
@@ -27,7 +28,30 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase | None:
     check_foreign_kernels()
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+    return AutoTokenizer.from_pretrained(
+        str(directory), config=_plain_config(directory), trust_remote_code=False, local_files_only=True
+    )
+
+
+def _plain_config(directory: Path) -> PreTrainedConfig | None:
+    """What AutoTokenizer asks of a model's configuration where the tokenizer names its own class; else None.
+
+    It would import the family's configuration class for it, and with that torch's compiler: seconds at every start.
+    """
+    try:
+        tokenizer_config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+        model_config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    if not tokenizer_config.get("tokenizer_class") or not model_config.get("model_type"):
+        return None
+    from transformers.configuration_utils import PreTrainedConfig
+
+    config = PreTrainedConfig()
+    for name in ("model_type", "model_name", "tokenizer_class", "_name_or_path"):
+        if name in model_config:
+            setattr(config, name, model_config[name])
+    return config
 
 
 def encode(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt, vocab_size: int | None = None) -> list[int]:

@@ -90,6 +90,11 @@ def record(forward: Callable[[], torch.Tensor], arena: Arena) -> Recording:
 class _Watch(TorchDispatchMode):
     """Takes new tensors from the arena; lets views through; refuses everything else."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would import its compiler, for seconds, to keep it out of the dispatch: nothing is compiled here
+        return False
+
     def __init__(self, arena: Arena) -> None:
         super().__init__()
         self.arena = arena

@@ -117,11 +117,12 @@ class RolloutPool(PoolHandle):
                 staleness_limit=limit,
                 pool_name=spec.pool_name,
             )
-            self.engine_info = self.scale(num_engines)[0]
+            starting = self.coordinator.scale.remote(num_engines)
+            self.tokenizer  # noqa: B018  (loaded meanwhile; a broken one is an error of the start)
+            self.engine_info = self._get(starting)[0][0]
             if journal is not None:
                 self.journalling = _journalling(self, directory, Path(journal), keep_weights_every, keep_last)
                 self._ask("keep_journal", self.journalling)
-            self.tokenizer  # noqa: B018  (loaded now, so that a broken one is an error of the start)
         except BaseException:
             self.shutdown()
             raise

@@ -24,6 +24,17 @@ def test_text_round_trips_with_single_digits_and_newlines(tiny_model_dir, family
     assert [tokenizer.decode([token_id]) for token_id in encode(tokenizer, "12")] == ["1", "2"]
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3"])
+def test_it_is_the_one_that_transformers_finds(tiny_model_dir, family):
+    from transformers import AutoTokenizer
+
+    ours, theirs = load_tokenizer(tiny_model_dir(family)), AutoTokenizer.from_pretrained(str(tiny_model_dir(family)))
+    assert type(ours) is type(theirs)
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    assert ours.chat_template == theirs.chat_template
+
+
 def test_token_ids_are_taken_as_they_are(tokenizer):
     assert encode(tokenizer, [5, 4, 3]) == [5, 4, 3]
     assert encode(None, (5, 4, 3)) == [5, 4, 3]
@@ -95,3 +106,12 @@ def test_a_foreign_kernels_distribution_is_named_before_it_breaks_transformers(t
         check_foreign_kernels()
     with pytest.raises(RuntimeError, match="pip uninstall kernels"):
         load_tokenizer(tiny_model_dir())
+
+
+@pytest.mark.slow
+def test_the_real_models_is_the_one_that_transformers_finds(smollm2_dir):
+    from transformers import AutoTokenizer
+
+    ours, theirs = load_tokenizer(smollm2_dir), AutoTokenizer.from_pretrained(str(smollm2_dir))
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert ours.chat_template == theirs.chat_template

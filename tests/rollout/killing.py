@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -71,11 +72,13 @@ def mortal_engines(orders: Orders) -> type[LLMEngine]:
     return MortalEngine
 
 
-def dying_amid(named_tensors: Mapping, orders: Orders, pids: list[int]):
+def dying_amid(named_tensors: Mapping, orders: Orders, pids: Callable[[], list[int]]):
     """The tensors, one by one. Amid them, if that was ordered, an engine is killed that has staged some of them."""
     for place, (name, tensor) in enumerate(named_tensors.items()):
         for order in orders.directory.glob("* staging") if place == len(named_tensors) // 2 else ():
-            pid = random.Random(order.name).choice(pids)
+            while not (alive := pids()):  # all of them are being replaced
+                time.sleep(0.05)
+            pid = random.Random(order.name).choice(alive)
             order.rename(order.with_suffix(f".done-by-{pid}"))
             os.kill(pid, signal.SIGKILL)
             break

@@ -55,7 +55,7 @@ def test_a_run_with_kills_and_moving_weights_is_drawn_again_to_the_bit(local_ray
     ) as pool:  # fmt: skip
         collected = run_asynchronously(
             pool,
-            lambda version: dying_amid(make_weights(version), orders, [info.pid for info in pool.engine_infos]),
+            lambda version: dying_amid(make_weights(version), orders, lambda: [info.pid for info in pool.engine_infos]),
             num_versions=6,
             before_version=lambda version: orders.give(moments[version]) if version in moments else None,
         )

@@ -51,7 +51,7 @@ def check_kills(local_ray, config, make_weights, tmp_path, num_kills: int, num_s
             num_steps,
             num_prompts,
             give_orders,
-            lambda weights: dying_amid(weights, orders, [info.pid for info in pool.engine_infos]),
+            lambda weights: dying_amid(weights, orders, lambda: [info.pid for info in pool.engine_infos]),
         )
         pool.check_integrity()
         stats = pool.stats()

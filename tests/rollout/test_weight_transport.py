@@ -334,7 +334,7 @@ def unreachable(parcel):
 
 def test_an_engine_killed_in_mid_transfer_hurts_nobody_else(stores, receivers, node_id):
     doomed = [receivers[0], Receiver.remote(dies_at=1)]
-    with pytest.raises(EngineError, match="engine 1 died"):
+    with pytest.raises(EngineError, match="a receiver of weights died"):
         send(stores, doomed, "s0", weights(0))
     parcels = send(stores, receivers, "s1", weights(1))
     assert_same_bits(opened(parcels[node_id]), weights(1))
@@ -466,8 +466,10 @@ def test_two_nodes_by_broadcast_and_around_a_relay_that_dies_or_hangs():
     segments, objects = ["SegmentParcel"] * num_buckets, ["ObjectParcel"] * num_buckets
     for name in ("plain", "again", "relay back", "relay woken"):
         assert result[name] == {"here": segments, "there": segments}, name
-    for name in ("relay killed", "relay hung"):
-        assert result[name] == {"here": segments, "there": segments[:1] + objects[1:]}, name
+    around = {"here": segments, "there": segments[:1] + objects[1:]}
+    assert result["relay killed"] == around
+    # on a busy machine its deadline may pass before it hangs
+    assert result["relay hung"] in (around, {"here": segments, "there": objects})
     named = f"the weight store of node {result['there'][:8]} (died|failed: it was restarted) in mid-transfer"
     assert re.search(named, result["error"]), result["error"]
     assert result["seconds"] < 20
