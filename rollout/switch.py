@@ -79,11 +79,10 @@ class Switch:
         self._sync: _Sync | None = None
         self._turn = asyncio.Condition()
         self._finishing: set[Life] = set()  # engines that let nothing new begin, until they switch
-        self._is_finishing = False
         self._journal: Journal | None = None
         self._archive: WeightArchive | None = None
         self._caught_up: dict[Life, CommitReport] = {}  # engines that came later
-        self._lost_groups: set[str] = set()  # that must end under the old weights, wherever they go on
+        self._lost_groups: set[str] = set()  # of engines that were lost; where a sync waits, they end before it
         self._moved_groups: set[str] = set()  # of these, those that go on
 
     async def begin(self, sync_id: str, policy_version: int, rollback: bool, sender_node: str) -> Route:
@@ -197,9 +196,10 @@ class Switch:
         return {engine_id for engine_id, _ in self._finishing}
 
     def note_lost(self, group_ids: Iterable[str]) -> None:
-        if self._is_finishing:
-            self._lost_groups.update(group_ids)
-            self._moved_groups.difference_update(self._lost_groups)
+        """Also before a sync: what begins anew too late would change sides at an engine that ends what it has begun."""
+        group_ids = set(group_ids)
+        self._lost_groups |= group_ids
+        self._moved_groups -= group_ids
 
     def note_moved(self, group_ids: Iterable[str]) -> None:
         """They go on, at an engine that ends them before it switches."""
@@ -211,7 +211,6 @@ class Switch:
 
     async def _finish_started(self) -> None:
         """Every engine ends what it has begun. What a lost one had is drawn again first, by its replacement."""
-        self._is_finishing = True
         logger.info("engines end what they have begun", extra=_fields(self._sync))
         while True:
             await self._wait_for_lost_groups()
@@ -257,9 +256,7 @@ class Switch:
 
     async def _stop_finishing(self) -> None:
         """Engines that did not switch go on under the weights they have."""
-        paused, self._finishing, self._is_finishing = self._finishing, set(), False
-        self._lost_groups.clear()
-        self._moved_groups.clear()
+        paused, self._finishing = self._finishing, set()
         refs = [slot.ref for slot in self._fleet.serving() if _life(slot.ref) in paused]
         await asyncio.gather(*(ref.actor.resume.remote() for ref in refs), return_exceptions=True)
 
