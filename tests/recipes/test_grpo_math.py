@@ -25,7 +25,7 @@ from rollout.replay import replay
 
 ROOT = Path(__file__).parents[2]
 MARK = "LOCKSTEP_TEST_RUN"  # in the environment of a run and of every process that it starts
-DEADLINE = 180
+DEADLINE = 280
 
 
 @dataclass
