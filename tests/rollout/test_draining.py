@@ -92,8 +92,9 @@ with RolloutPool(config, num_engines=2, seed=5, journal=sys.argv[3]) as pool:
     with draining_on_sigterm(pool, grace_seconds):
         print(*(info.pid for info in pool.engine_infos), flush=True)
         for step in itertools.count():
-            groups = pool.generate(PROMPTS, ENDLESS, group_ids=[f"{step}/{i}" for i in range(len(PROMPTS))])
-            print("step", step, len(groups), flush=True)
+            stream = pool.stream(PROMPTS, ENDLESS, group_ids=[f"{step}/{i}" for i in range(len(PROMPTS))])
+            print("begun", step, flush=True)
+            print("step", step, len(list(stream)), flush=True)
 """
 
 
@@ -109,8 +110,8 @@ class Loop:
         )  # fmt: skip
         self.pids = [int(pid) for pid in self.process.stdout.readline().split()]
         assert len(self.pids) == 2
-        assert self.process.stdout.readline() == f"step 0 {len(PROMPTS)}\n"
-        time.sleep(0.3)
+        for line in ("begun 0", f"step 0 {len(PROMPTS)}", "begun 1"):
+            assert self.process.stdout.readline() == line + "\n"
 
     def wait(self) -> str:
         """What it still prints, once it and its engines are gone."""
