@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -35,12 +37,13 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class RayCluster:
-    """A head and another node, each a `ray start` of its own."""
+    """A head and another node, each a `ray start` of its own, with a folder of its own as on machines of their own."""
 
     checkout: Path
     directory: Path
     job_server: str
     gcs_address: str
+    folders: list[str] = field(default_factory=list)
 
     def environment(self, **variables: str) -> dict[str, str]:
         """Of whoever has the token."""
@@ -50,7 +53,10 @@ class RayCluster:
 
     def start(self, *options: str) -> psutil.Popen:
         log = (self.directory / f"node-{len(list(self.directory.iterdir()))}.log").open("w")
-        command = [str(self.checkout / "scripts" / "run"), "ray", "start", "--block", *NODE, *options]
+        folder = tempfile.mkdtemp(prefix="ray-")  # short: paths of sockets are limited
+        self.folders.append(folder)
+        command = [str(self.checkout / "scripts" / "run"), "ray", "start", "--block", f"--temp-dir={folder}", *NODE]
+        command += options
         return psutil.Popen(command, env=self.environment(), stdout=log, stderr=log, cwd=self.checkout)
 
     def submit(self, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -79,6 +85,8 @@ def cluster(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     finally:
         for process in reversed(processes):
             end(process)
+        for folder in cluster.folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def free_ports(count: int) -> list[int]:
