@@ -127,7 +127,7 @@ class RolloutBuffer:
         for group in groups:
             self._running[group.request.group_id] = _Running(self._stats.num_submitted, version)
             self._stats.num_submitted += 1
-        self._note_stats(self.stats())
+        self._note_stats(self._counted())
 
     def collect(self, num_groups: int, timeout: float | None) -> list[list[Rollout]]:
         """The next so many groups to finish that are not too old, in the order in which they were submitted.
@@ -153,10 +153,14 @@ class RolloutBuffer:
     def stats(self) -> BufferStats:
         """Counts what has finished until now, collected or not. Raises what `collect` would."""
         self._take(0.0)
-        return replace(self._stats, num_running=len(self._running), num_ready=len(self._ready))
+        return self._counted()
 
     def close(self) -> None:
         self._submission.give_up()
+
+    def _counted(self) -> BufferStats:
+        """As it stands. Raises nothing, so that what is handed out with it cannot be lost."""
+        return replace(self._stats, num_running=len(self._running), num_ready=len(self._ready))
 
     def _capacity(self) -> int:
         if self._limit is None:
@@ -225,7 +229,7 @@ class RolloutBuffer:
         self._stats.num_collected += num_groups
         ages = [policy_version - v for ready in taken for one in ready.rollouts for v in one.policy_versions]
         self._stats.staleness_mean, self._stats.staleness_max = sum(ages) / max(1, len(ages)), max(ages, default=0)
-        self._note_stats(self.stats())
+        self._note_stats(self._counted())
         return [ready.rollouts for ready in taken]
 
     def _describe_limit(self) -> str:

@@ -230,6 +230,7 @@ class Switch:
 
     async def _wait_for_lost_groups(self) -> None:
         last_move = last_place = time.monotonic()
+        counts = ()  # of lost and moved groups
         while self._lost_groups:
             await asyncio.sleep(0.02)
             has_place = any(_life(slot.ref) not in self._finishing for slot in self._fleet.serving())
@@ -237,10 +238,12 @@ class Switch:
                 last_place = time.monotonic()
             elif time.monotonic() - last_place > NO_PLACE_SECONDS:
                 await self._reopen_one()
-            if not has_place or self._lost_groups == self._moved_groups:
+            before, counts = counts, (len(self._lost_groups), len(self._moved_groups))
+            if not has_place or counts != before:
                 last_move = time.monotonic()
             if time.monotonic() - last_move > LOST_CALLER_SECONDS:
-                self._lost_groups.intersection_update(self._moved_groups)
+                self._lost_groups.clear()  # those that were moved have begun by now, and end before the switch like all
+                self._moved_groups.clear()
 
     async def _reopen_one(self) -> None:
         """Their node may never come back, so lost groups go to an engine that has finished; it finishes once more."""
