@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import itertools
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from engine import SamplingParams
-from rollout import RolloutPool
-from rollout.buffer import StalenessLimit
+from rollout import EngineError, RolloutPool
+from rollout.buffer import RolloutBuffer, StalenessLimit
 
 PARAMS = SamplingParams(n=2, max_tokens=12, ignore_eos=True)
 LONG = SamplingParams(n=2, max_tokens=400, ignore_eos=True)
@@ -108,6 +109,28 @@ def test_without_a_bound_on_staleness_what_engines_can_queue_is_the_limit(local_
         assert [(group[0].group_id, group[0].metadata) for group in groups] == [
             ("a", {"row": 0}), ("b", {"row": 1}), ("c", {"row": 2})
         ]  # fmt: skip
+
+
+class FailingSubmission:
+    """Gives back what it was given, once; then its engines are found to be gone."""
+
+    def add(self, groups):
+        self.groups = groups
+
+    def take(self, timeout):
+        if not self.groups:
+            raise EngineError("no engine is left")
+        groups, self.groups = self.groups, []
+        return [(group, None) for group in groups]
+
+
+def test_a_failure_that_is_noticed_late_takes_no_finished_group_along():
+    group = SimpleNamespace(request=SimpleNamespace(group_id="g"), rollouts=lambda result: [])
+    buffer = RolloutBuffer(FailingSubmission(), None, lambda: 0, list, lambda: 1, lambda rollouts: None)
+    buffer.submit([group])
+    assert buffer.collect(1, timeout=None) == [[]]
+    with pytest.raises(EngineError, match="no engine is left"):
+        buffer.stats()
 
 
 @pytest.mark.parametrize(
