@@ -5,40 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from trainers.loop_config import LoopConfig, require
 from trainers.losses import KLEstimator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GRPOConfig:
+class GRPOConfig(LoopConfig):
     """What a GRPO run does; the model and the engine's settings are EngineConfig's."""
 
-    num_steps: int = 60
-    """Rollout batches to train on."""
-    num_prompts: int = 16
-    """Prompts of a batch."""
-    group_size: int = 8
-    """Samples of each prompt."""
     num_iterations: int = 1
     """Optimiser steps on each batch."""
-
-    temperature: float = 1.0
-    """Sampling temperature."""
-    max_tokens: int = 5
-    """Longest completion, in tokens."""
-    stop: tuple[str, ...] = ("\n",)
-    """Texts that end a completion; their tokens are trained."""
-
-    learning_rate: float = 3e-6
-    """AdamW's learning rate after warm-up."""
-    warmup_steps: int = 3
-    """Optimiser steps over which the learning rate rises linearly."""
-    betas: tuple[float, float] = (0.9, 0.99)
-    """AdamW's decay rates of the two moments."""
-    weight_decay: float = 0.0
-    """AdamW's weight decay."""
-    max_grad_norm: float = 1.0
-    """Longer gradients are shortened to this norm."""
-
     clip_low: float = 0.2
     """The ratio counts no further down than 1 - clip_low."""
     clip_high: float = 0.2
@@ -57,57 +33,25 @@ class GRPOConfig:
     """Added to the standard deviation."""
     skip_zero_std_groups: bool = True
     """Leave groups whose rewards are all equal out of the training forward."""
+    max_refills: int = 0
+    """How many times a step draws further prompts in place of groups whose rewards are all equal (DAPO's dynamic
+    sampling, arXiv 2503.14476, section 3.2); 0 trains on what is left."""
     check_all_groups: bool = True
     """Compare log-probabilities on the groups that are left out, too: the mismatch is then that of every token."""
     shuffle_rewards: bool = False
     """Deal rewards out at random over the batch: a control that must not learn."""
 
-    reward_timeout: float = 30.0
-    """Seconds that a reward function may take over the samples of one prompt, and over each alone if that fails."""
-    reward_processes: int = 1
-    """Processes that run reward functions and can be killed; 0 runs them in the trainer's own."""
-
-    num_engines: int = 1
-    """Engine actors that generate."""
-    num_threads: int | None = None
-    """CPU threads of the trainer; None takes every core."""
-    micro_batch_tokens: int = 1024
-    """Rows of one training forward; bounds its memory."""
-    share_prompts: bool = True
-    """Compute a group's prompt once in the training forward."""
-    seed: int = 0
-    """Seed of the order of prompts and of every sample."""
-    eval_every: int = 10
-    """Steps between measurements of the expected reward; it is always measured before the first and after the last."""
-    answer_template: str = " {answer}\n"
-    """The completion that counts as right where an evaluation row has no `right_completions` of its own."""
-    output_dir: str | None = None
-    """The trained weights are left in its folder `weights`, in Hugging Face format."""
-    journal_dir: str | None = None
-    """Where every group and every switch of weights is written down, for `python -m rollout.replay`."""
-    keep_weights_every: int | None = None
-    """Versions that it divides are kept in the journal's directory, to be drawn from again; None keeps none."""
-    keep_last: int | None = None
-    """Of the versions kept, only so many of the latest stay; None is all."""
-
     def __post_init__(self) -> None:
-        positive = ("num_prompts", "group_size", "num_iterations", "max_tokens", "num_engines", "micro_batch_tokens")
-        for name in positive:
-            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        not_negative = ("num_steps", "warmup_steps", "eval_every", "weight_decay", "kl_coef", "advantage_epsilon")
-        for name in (*not_negative, "reward_processes"):
-            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
-        for name in ("learning_rate", "max_grad_norm", "clip_high", "reward_timeout"):
-            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
-        _require(0 < self.clip_low <= 1, f"clip_low={self.clip_low} must be above 0 and at most 1")
-        _require(self.temperature > 0, f"temperature={self.temperature} must be above 0: greedy groups have no spread")
-        if self.journal_dir is None:
-            for name in ("keep_weights_every", "keep_last"):
-                _require(getattr(self, name) is None, f"{name}={getattr(self, name)} needs a journal_dir")
-        threads = self.num_threads
-        _require(threads is None or threads >= 1, f"num_threads={threads} must be at least 1, or None for every core")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+        LoopConfig.__post_init__(self)  # slots rule out super() without arguments
+        require(self.num_iterations >= 1, f"num_iterations={self.num_iterations} must be at least 1")
+        for name in ("kl_coef", "advantage_epsilon", "max_refills"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        require(self.clip_high > 0, f"clip_high={self.clip_high} must be above 0")
+        require(0 < self.clip_low <= 1, f"clip_low={self.clip_low} must be above 0 and at most 1")
+        if self.max_refills:
+            require(
+                self.mode != "lagged",
+                f'max_refills={self.max_refills} needs mode="sync" or "async": a lagged batch is drawn before the '
+                "rewards of the one before it are known",
+            )
+            require(self.skip_zero_std_groups, f"max_refills={self.max_refills} needs skip_zero_std_groups")
