@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trainers.losses import add_losses, kl_estimate, kl_loss, policy_loss
+from trainers.losses import add_losses, kl_estimate, kl_loss, policy_loss, token_weights
 
 LOG2 = math.log(2.0)
 
@@ -84,7 +84,8 @@ def test_micro_batches_add_up_to_the_batch_when_counts_are_global():
 def test_another_denominator_scales_the_loss_alone():
     tensors = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -2.0]), torch.tensor([1.0, 3.0]), torch.ones(2)
     token_mean = policy_loss(*tensors, num_tokens=2, clip_high=10.0)
-    dr_grpo = policy_loss(*tensors, num_tokens=2, denominator=8, clip_high=10.0)
+    weights = token_weights(torch.ones(2), "seq-mean-token-sum-norm", num_tokens=2, num_samples=2, max_tokens=4)
+    dr_grpo = policy_loss(*tensors, num_tokens=2, weights=weights, clip_high=10.0)
     assert dr_grpo.loss.item() == pytest.approx(token_mean.loss.item() / 4, rel=1e-6)
     assert dr_grpo.metrics["actor/entropy"] == token_mean.metrics["actor/entropy"]
 
