@@ -15,9 +15,10 @@ import torch
 from ray.exceptions import RayTaskError
 
 from rollout import EngineConfig, Rollout, RolloutPool, SamplingParams
+from trainers.corrections import staleness_metrics
 from trainers.evaluation import Evaluator
 from trainers.loop_config import LoopConfig
-from trainers.metrics import PhaseTimer, response_metrics, reward_metrics, staleness_metrics
+from trainers.metrics import PhaseTimer, response_metrics, reward_metrics
 from trainers.prompt_order import PromptOrder, Row
 from trainers.reward_calls import RewardFunction, require_columns
 from trainers.rewards import Rewards, RewardScorer

@@ -50,12 +50,6 @@ def response_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     }
 
 
-def staleness_metrics(rollouts: Sequence[Rollout], policy_version: int) -> dict[str, float]:
-    """How many versions the tokens lie behind the trainer's, when it learns from them."""
-    ages = [policy_version - version for rollout in rollouts for version in rollout.policy_versions]
-    return {"staleness/mean": sum(ages) / max(1, len(ages)), "staleness/max": max(ages, default=0)}
-
-
 def mismatch_metrics(trainer_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor) -> dict[str, float]:
     """How far the trainer's forward is from what the engine reported; every figure is exactly 0.0 in lockstep.
 

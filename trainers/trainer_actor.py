@@ -15,10 +15,12 @@ from rollout import PoolHandle, Rollout, SyncReport, logs
 from rollout.cluster import actor_env
 from rollout.sync_report import SyncMode
 from trainers.batch import PackedBatch, pack_micro_batches
+from trainers.corrections import token_staleness
 from trainers.grpo_config import GRPOConfig
-from trainers.losses import LossOutput, add_losses, kl_loss, policy_loss
 from trainers.metrics import mismatch_metrics
-from trainers.policy import Policy, load_transformer, packed_logprobs
+from trainers.objective import Targets, batch_loss, make_targets
+from trainers.policy import Policy
+from trainers.reference import Reference
 from trainers.version_history import Compared, VersionHistory
 
 
@@ -38,9 +40,7 @@ class TrainerActor:
             warmup_steps=config.warmup_steps,
             num_threads=config.num_threads,
         )
-        self.reference = (
-            load_transformer(self.policy.directory, numerics, with_masters=False) if config.kl_coef else None
-        )
+        self.reference = Reference.from_config(config, self.policy.directory, numerics) if config.kl_coef else None
         self.history = VersionHistory(
             self.policy.directory, numerics, config.max_lag if config.check_stale_tokens else 0
         )
@@ -66,10 +66,12 @@ class TrainerActor:
         num_tokens = int(sum(batch.loss_mask.sum().item() for batch in batches))
         if num_tokens:
             self.history.keep(self.policy.policy_version, self.policy.model)
+            targets, target_metrics = self._targets(batches, rollouts)
             for iteration in range(config.num_iterations):
                 is_last = iteration == config.num_iterations - 1
-                logprobs, metrics = self._update(batches, num_tokens, len(rollouts), is_last)
+                logprobs, metrics = self._update(batches, targets, num_tokens, len(rollouts), is_last)
                 measured += logprobs if iteration == 0 else []
+            metrics |= target_metrics
         else:
             self.num_skipped_steps += 1
         return {
@@ -102,59 +104,41 @@ class TrainerActor:
             "torch": torch.__version__,
         }
 
+    @torch.no_grad()
+    def _targets(
+        self, batches: Sequence[PackedBatch], rollouts: Sequence[Rollout]
+    ) -> tuple[list[Targets], dict[str, float]]:
+        """What the tokens are held against through every iteration; a forward more where rollouts are stale."""
+        is_stale = bool(token_staleness(rollouts, self.policy.policy_version).any())
+        is_decoupled = is_stale and self.config.correction != "none"
+        return make_targets(
+            self.config,
+            batches,
+            proximal_logprobs=[self.policy.token_logprobs(batch) for batch in batches] if is_decoupled else None,
+            reference_logprobs=[self.reference.logprobs(batch) for batch in batches] if self.reference else None,
+        )
+
     def _update(
-        self, batches: Sequence[PackedBatch], num_tokens: int, num_samples: int, is_last: bool
+        self,
+        batches: Sequence[PackedBatch],
+        targets: Sequence[Targets],
+        num_tokens: int,
+        num_samples: int,
+        is_last: bool,
     ) -> tuple[list[Compared], dict[str, float]]:
         """One optimiser step over the whole batch; (trainer, rollout) log-probabilities of each micro-batch."""
         measured, metrics = [], {}
-        for batch in batches:
-            loss_fn = partial(
-                self._loss,
-                reference_logprobs=self._reference_logprobs(batch),
-                num_tokens=num_tokens,
-                num_samples=num_samples,
-            )
+        counts = {"num_tokens": num_tokens, "num_samples": num_samples}
+        for batch, target in zip(batches, targets, strict=True):
+            loss_fn = partial(batch_loss, self.config, targets=target, **counts)
             output = self.policy.forward_backward(batch, loss_fn)
             measured.append(self._of_this_version(output.logprobs, batch))
             for name, value in output.metrics.items():
                 metrics[name] = metrics.get(name, 0.0) + value
-        return measured, metrics | self.policy.optim_step(is_new_version=is_last)
-
-    def _loss(
-        self,
-        logprobs: torch.Tensor,
-        batch: PackedBatch,
-        *,
-        reference_logprobs: torch.Tensor | None,
-        num_tokens: int,
-        num_samples: int,
-    ) -> LossOutput:
-        config = self.config
-        loss = policy_loss(
-            logprobs,
-            batch.rollout_logprobs,  # exactly this policy's own before the first update, so the ratio starts at 1
-            batch.advantages,
-            batch.loss_mask,
-            num_tokens=num_tokens,
-            denominator=num_tokens if config.loss_aggregation == "token-mean" else num_samples * config.max_tokens,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-        )
-        if reference_logprobs is None:
-            return loss
-        kl = kl_loss(
-            logprobs,
-            reference_logprobs,
-            batch.loss_mask,
-            num_tokens=num_tokens,
-            kl_coef=config.kl_coef,
-            estimator=config.kl_estimator,
-        )
-        return add_losses(loss, kl)
-
-    @torch.no_grad()
-    def _reference_logprobs(self, batch: PackedBatch) -> torch.Tensor | None:
-        return None if self.reference is None else packed_logprobs(self.reference, batch)
+        metrics |= self.policy.optim_step(is_new_version=is_last)
+        if self.reference:
+            self.reference.follow(self.policy)
+        return measured, metrics
 
     @torch.no_grad()
     def _check(self, rollouts: Sequence[Rollout]) -> list[Compared]:
