@@ -9,6 +9,7 @@ import torch
 
 from rollout import Rollout, RolloutPool
 from trainers.advantages import group_advantages, has_spread, shuffle_rewards
+from trainers.grpo_actor import RemoteGRPOActor
 from trainers.grpo_config import GRPOConfig
 from trainers.loop import Batch, Crew, TrainingLoop, ask
 from trainers.metrics import PhaseTimer
@@ -23,7 +24,7 @@ class GRPOTrainer(TrainingLoop):
     config: GRPOConfig
 
     def start_trainer(self, pool: RolloutPool) -> Any:
-        return start_trainer_actor(self.config, pool.handle())
+        return start_trainer_actor(RemoteGRPOActor, self.config, pool.handle())
 
     def train_step(self, step: int, crew: Crew, timer: PhaseTimer) -> dict[str, float]:
         policy_version = crew.pool.policy_version

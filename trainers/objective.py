@@ -1,4 +1,4 @@
-"""Objective: what a GRPOConfig says the loss of a batch is, from what its tokens are held against."""
+"""Objective: what an ObjectiveConfig says the loss of a batch is, from what its tokens are held against."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from trainers.advantages import whiten
 from trainers.batch import PackedBatch
 from trainers.corrections import correction_weights, effective_sample_size
 from trainers.gae import discounted_returns
-from trainers.grpo_config import GRPOConfig
 from trainers.losses import LossOutput, add_losses, entropy_loss, kl_estimate, kl_loss, policy_loss, token_weights
+from trainers.objective_config import ObjectiveConfig
 from trainers.penalties import token_rewards
 
 
@@ -27,7 +27,7 @@ class Targets:
 
 
 def make_targets(
-    config: GRPOConfig,
+    config: ObjectiveConfig,
     batches: Sequence[PackedBatch],
     *,
     proximal_logprobs: Sequence[torch.Tensor] | None = None,
@@ -57,7 +57,7 @@ def make_targets(
 
 
 def batch_loss(
-    config: GRPOConfig,
+    config: ObjectiveConfig,
     logprobs: torch.Tensor,
     batch: PackedBatch,
     targets: Targets,
@@ -110,7 +110,7 @@ def batch_loss(
 
 
 def _corrections(
-    config: GRPOConfig, batches: Sequence[PackedBatch], proximal_logprobs: Sequence[torch.Tensor] | None
+    config: ObjectiveConfig, batches: Sequence[PackedBatch], proximal_logprobs: Sequence[torch.Tensor] | None
 ) -> tuple[Sequence[torch.Tensor | None], dict[str, float]]:
     if proximal_logprobs is None or config.correction == "none" or not batches:
         return [None] * len(batches), {}
@@ -134,7 +134,7 @@ def _corrections(
 
 
 def _with_kl_penalty(
-    config: GRPOConfig, batches: Sequence[PackedBatch], reference_logprobs: Sequence[torch.Tensor]
+    config: ObjectiveConfig, batches: Sequence[PackedBatch], reference_logprobs: Sequence[torch.Tensor]
 ) -> tuple[list[torch.Tensor], float]:
     """Advantages less the KL that each token and those after it cost, and the mean KL of a token.
 

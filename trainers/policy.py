@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 import kernels
 from engine.attention import PackedAttention
@@ -19,6 +18,7 @@ from engine.model_config import ModelConfig, read_config_dict
 from engine.tokenizer import encode, load_tokenizer
 from trainers.batch import PackedBatch, pack_tokens
 from trainers.losses import LossOutput
+from trainers.optimizer import MasterOptimizer
 
 LossFunction = Callable[[torch.Tensor, PackedBatch], LossOutput]
 """(trainer_logprobs [C] with gradient, batch) -> this batch's share of the loss."""
@@ -37,8 +37,7 @@ class Policy:
 
     model: a directory, hub id or GGUF file, as EngineConfig takes it. numerics: the profile of the forward pass, which
     must be the engine's; masters, gradients and optimiser are float32 in each. num_threads: CPU threads for both our
-    kernels and torch's; None takes every core this process may use. The learning rate rises linearly over warmup_steps,
-    the first step taking 1 / warmup_steps of it.
+    kernels and torch's; None takes every core this process may use. The other settings are MasterOptimizer's.
     """
 
     def __init__(
@@ -60,15 +59,15 @@ class Policy:
         self.directory = resolve_model(model)
         self.tokenizer = load_tokenizer(self.directory)
         self.model = load_transformer(self.directory, numerics, with_masters=True)
-        self.learning_rate, self.warmup_steps, self.max_grad_norm = learning_rate, warmup_steps, max_grad_norm
-        self.accelerator = Accelerator(cpu=True)
-        self.optimizer = self.accelerator.prepare(
-            torch.optim.AdamW(
-                self.model.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True
-            )
+        self.optimizer = MasterOptimizer(
+            self.model.parameters(),
+            learning_rate=learning_rate,
+            betas=betas,
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
+            warmup_steps=warmup_steps,
         )
         self.policy_version = 0  # of the weights as others may have them
-        self.num_updates = 0  # of the optimiser
 
     def token_logprobs(self, batch: PackedBatch) -> torch.Tensor:
         """Log-probabilities of the batch's targets, [C] float32, differentiable."""
@@ -78,7 +77,7 @@ class Policy:
         """One forward and backward; gradients add up until optim_step."""
         logprobs = self.token_logprobs(batch)
         output = loss_fn(logprobs, batch)
-        self.accelerator.backward(output.loss)
+        self.optimizer.backward(output.loss)
         return ForwardBackwardOutput(logprobs=logprobs.detach(), metrics=output.metrics)
 
     def optim_step(self, *, is_new_version: bool = True) -> dict[str, float]:
@@ -87,19 +86,8 @@ class Policy:
         is_new_version: False for all but the last of several steps on one batch. Nobody draws under the weights in
         between, so the number of versions that a token is old counts batches.
         """
-        grad_norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))
-        if not grad_norm < float("inf"):
-            raise FloatingPointError(
-                f"gradient norm {grad_norm} at policy version {self.policy_version}: the weights were left as they "
-                f"were; lower learning_rate={self.learning_rate} or look at the rewards"
-            )
-        learning_rate = self._current_learning_rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        grad_norm, learning_rate = self.optimizer.step()
         self.model.repack()
-        self.num_updates += 1
         self.policy_version += is_new_version
         return {"actor/grad_norm": grad_norm, "actor/lr": learning_rate}
 
@@ -146,9 +134,6 @@ class Policy:
             raise ValueError(f"answers={answers!r}: every right completion needs at least one token")
         return ids
 
-    def _current_learning_rate(self) -> float:
-        return self.learning_rate * min(1.0, (self.num_updates + 1) / max(1, self.warmup_steps))
-
 
 def load_transformer(directory: Path, numerics: str, with_masters: bool) -> Transformer:
     """The model of a directory, with float32 masters to train or with packed weights alone."""
@@ -159,12 +144,16 @@ def load_transformer(directory: Path, numerics: str, with_masters: bool) -> Tran
 
 def packed_logprobs(model: Transformer, batch: PackedBatch) -> torch.Tensor:
     """Log-probabilities of a packed batch's targets, [C] float32; the logits of the batch never exist at once."""
-    attention = PackedAttention.from_segments(model.config, batch.segments, model.ops)
-    hidden_TD = model(batch.input_ids, batch.positions, attention)
-    hidden_CD, head = hidden_TD.index_select(0, batch.target_rows), model.lm_head
+    hidden_CD, head = packed_hidden(model, batch), model.lm_head
     return model.ops.token_logprobs(
         hidden_CD, head.packed, head.num_outputs, batch.target_ids, batch.temperature, head.master
     )
+
+
+def packed_hidden(model: Transformer, batch: PackedBatch) -> torch.Tensor:
+    """Final hidden states [C, D] of the rows before a packed batch's targets."""
+    attention = PackedAttention.from_segments(model.config, batch.segments, model.ops)
+    return model(batch.input_ids, batch.positions, attention).index_select(0, batch.target_rows)
 
 
 def _chunks(

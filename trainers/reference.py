@@ -8,7 +8,7 @@ import torch
 
 from engine.model import Transformer
 from trainers.batch import PackedBatch
-from trainers.grpo_config import GRPOConfig
+from trainers.objective_config import ObjectiveConfig
 from trainers.policy import Policy, load_transformer, packed_logprobs
 
 
@@ -23,7 +23,7 @@ class Reference:
         self.model, self.update_every, self.mixup = model, update_every, mixup
 
     @classmethod
-    def from_config(cls, config: GRPOConfig, directory: Path, numerics: str) -> Reference:
+    def from_config(cls, config: ObjectiveConfig, directory: Path, numerics: str) -> Reference:
         """The reference of a run on the model in `directory`."""
         update_every, mixup = config.reference_update_every, config.reference_mixup
         # Packed bfloat16 would round a mixture anew each time; masters keep it exact, at 4 bytes a weight.
@@ -39,7 +39,7 @@ class Reference:
     @torch.no_grad()
     def follow(self, policy: Policy) -> None:
         """Moves towards the policy if its optimiser steps have come to a multiple of update_every."""
-        if not self.update_every or policy.num_updates % self.update_every:
+        if not self.update_every or policy.optimizer.num_updates % self.update_every:
             return
         own = dict(self.model.named_weights()) if self.mixup < 1 else {}
         self.model.load_weights(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,18 +16,18 @@ from rollout.cluster import actor_env
 from rollout.sync_report import SyncMode
 from trainers.batch import PackedBatch, pack_micro_batches
 from trainers.corrections import token_staleness
-from trainers.grpo_config import GRPOConfig
 from trainers.metrics import mismatch_metrics
 from trainers.objective import Targets, batch_loss, make_targets
+from trainers.objective_config import ObjectiveConfig
 from trainers.policy import Policy
 from trainers.reference import Reference
 from trainers.version_history import Compared, VersionHistory
 
 
 class TrainerActor:
-    """Holds the Policy; `start_trainer_actor` puts it into a Ray actor."""
+    """Holds the Policy; GRPOActor and PPOActor add a `step`, and `start_trainer_actor` puts them into a Ray actor."""
 
-    def __init__(self, model: str, numerics: str, config: GRPOConfig, pool: PoolHandle) -> None:
+    def __init__(self, model: str, numerics: str, config: ObjectiveConfig, pool: PoolHandle) -> None:
         """model, numerics: as the engines have them. pool: what RolloutPool.handle() gave, for sync()."""
         self.config, self.pool = config, pool
         self.policy = Policy(
@@ -45,44 +45,6 @@ class TrainerActor:
             self.policy.directory, numerics, config.max_lag if config.check_stale_tokens else 0
         )
         self.num_skipped_steps = 0
-
-    def step(
-        self, rollouts: Sequence[Rollout], advantages: Sequence[float], checked: Sequence[Rollout] = ()
-    ) -> dict[str, float]:
-        """Train on rollouts; `checked` ones only have their log-probabilities compared.
-
-        advantages: one per rollout. The mismatch is that of every token of both that has a loss_mask of 1 (others the
-        engine may not have drawn): of the training forward itself, before the optimiser moves, for tokens of the
-        current version; for those of an older one, of a forward under its weights. Without a token to train on the
-        optimiser rests, and the rest is counted.
-        """
-        config = self.config
-        self._require_lockstep([*rollouts, *checked])
-        measured = self.history.compare([*rollouts, *checked], config.micro_batch_tokens, config.share_prompts)
-        num_stale_tokens = sum(len(logprobs) for logprobs, _ in measured)
-        measured += self._check(checked)
-        metrics: dict[str, float] = {}
-        batches = pack_micro_batches(rollouts, advantages, config.micro_batch_tokens, config.share_prompts)
-        num_tokens = int(sum(batch.loss_mask.sum().item() for batch in batches))
-        if num_tokens:
-            self.history.keep(self.policy.policy_version, self.policy.model)
-            targets, target_metrics = self._targets(batches, rollouts)
-            for iteration in range(config.num_iterations):
-                is_last = iteration == config.num_iterations - 1
-                logprobs, metrics = self._update(batches, targets, num_tokens, len(rollouts), is_last)
-                measured += logprobs if iteration == 0 else []
-            metrics |= target_metrics
-        else:
-            self.num_skipped_steps += 1
-        return {
-            **metrics,
-            **mismatch_metrics(*_joined(measured)),
-            "mismatch/num_stale_tokens": num_stale_tokens,
-            "actor/num_skipped_steps": self.num_skipped_steps,
-            "actor/num_tokens": num_tokens,
-            "actor/num_rows": sum(batch.num_rows for batch in batches) * config.num_iterations,
-            "policy_version": self.policy.policy_version,
-        }
 
     def sync(self, mode: SyncMode = "recompute") -> SyncReport:
         """Hand the weights to every engine of the pool, straight from this actor."""
@@ -119,37 +81,34 @@ class TrainerActor:
         )
 
     def _update(
-        self,
-        batches: Sequence[PackedBatch],
-        targets: Sequence[Targets],
-        num_tokens: int,
-        num_samples: int,
-        is_last: bool,
-    ) -> tuple[list[Compared], dict[str, float]]:
-        """One optimiser step over the whole batch; (trainer, rollout) log-probabilities of each micro-batch."""
-        measured, metrics = [], {}
-        counts = {"num_tokens": num_tokens, "num_samples": num_samples}
+        self, batches: Sequence[PackedBatch], targets: Sequence[Targets], num_samples: int, is_last: bool
+    ) -> tuple[list[torch.Tensor], dict[str, float]]:
+        """One optimiser step over micro-batches; the log-probabilities [C] of each and the sums of their metrics."""
+        logprobs, metrics = [], {}
+        counts = {"num_tokens": count_tokens(batches), "num_samples": num_samples}
         for batch, target in zip(batches, targets, strict=True):
-            loss_fn = partial(batch_loss, self.config, targets=target, **counts)
-            output = self.policy.forward_backward(batch, loss_fn)
-            measured.append(self._of_this_version(output.logprobs, batch))
-            for name, value in output.metrics.items():
-                metrics[name] = metrics.get(name, 0.0) + value
+            output = self.policy.forward_backward(batch, partial(batch_loss, self.config, targets=target, **counts))
+            logprobs.append(output.logprobs)
+            add_metrics(metrics, output.metrics)
         metrics |= self.policy.optim_step(is_new_version=is_last)
         if self.reference:
             self.reference.follow(self.policy)
-        return measured, metrics
+        return logprobs, metrics
+
+    def _compare_stale(self, rollouts: Sequence[Rollout]) -> list[Compared]:
+        """The tokens of older versions, each under its own."""
+        return self.history.compare(rollouts, self.config.micro_batch_tokens, self.config.share_prompts)
 
     @torch.no_grad()
-    def _check(self, rollouts: Sequence[Rollout]) -> list[Compared]:
+    def _compare_fresh(self, rollouts: Sequence[Rollout]) -> list[Compared]:
+        """The tokens of the current version, by a forward of their own."""
         fresh = [rollout for rollout in rollouts if self.policy.policy_version in rollout.policy_versions]
-        zeros = [0.0] * len(fresh)
-        batches = pack_micro_batches(fresh, zeros, self.config.micro_batch_tokens, self.config.share_prompts)
-        return [self._of_this_version(self.policy.token_logprobs(batch), batch) for batch in batches]
+        batches = self._pack(fresh, [0.0] * len(fresh))
+        version = self.policy.policy_version
+        return [of_version(version, self.policy.token_logprobs(batch), batch) for batch in batches]
 
-    def _of_this_version(self, logprobs: torch.Tensor, batch: PackedBatch) -> Compared:
-        is_fresh = batch.policy_versions == self.policy.policy_version
-        return logprobs[is_fresh], batch.rollout_logprobs[is_fresh]
+    def _pack(self, rollouts: Sequence[Rollout], advantages: Sequence[float]) -> list[PackedBatch]:
+        return pack_micro_batches(rollouts, advantages, self.config.micro_batch_tokens, self.config.share_prompts)
 
     def _require_lockstep(self, rollouts: Sequence[Rollout]) -> None:
         """Refuse rollouts that this policy, on these kernels, cannot have drawn."""
@@ -170,25 +129,47 @@ class TrainerActor:
                 )
 
 
-def _joined(measured: Sequence[Compared]) -> Compared:
+def of_version(policy_version: int, logprobs: torch.Tensor, batch: PackedBatch) -> Compared:
+    """The trainer's and the engine's log-probabilities of the tokens that were drawn under that version."""
+    is_of_version = batch.policy_versions == policy_version
+    return logprobs[is_of_version], batch.rollout_logprobs[is_of_version]
+
+
+def compared_metrics(measured: Sequence[Compared]) -> dict[str, float]:
+    """The mismatch over all tokens that were compared."""
     trainer = [logprobs for logprobs, _ in measured]
     engine = [logprobs for _, logprobs in measured]
-    return torch.cat([torch.empty(0), *trainer]), torch.cat([torch.empty(0), *engine])
+    return mismatch_metrics(torch.cat([torch.empty(0), *trainer]), torch.cat([torch.empty(0), *engine]))
 
 
-class RemoteTrainerActor(TrainerActor):
-    """A TrainerActor in a process of its own, whose log is the service's."""
+def num_compared(measured: Sequence[Compared]) -> int:
+    return sum(len(logprobs) for logprobs, _ in measured)
 
-    def __init__(self, model: str, numerics: str, config: GRPOConfig, pool: PoolHandle) -> None:
+
+def count_tokens(batches: Sequence[PackedBatch]) -> int:
+    """Tokens to train on."""
+    return int(sum(batch.loss_mask.sum().item() for batch in batches))
+
+
+def add_metrics(total: dict[str, float], metrics: Mapping[str, float]) -> None:
+    """Adds a micro-batch's share to those before it."""
+    for name, value in metrics.items():
+        total[name] = total.get(name, 0.0) + value
+
+
+class OwnProcess:
+    """Before a trainer actor's class: one in a process of its own, whose log is the service's."""
+
+    def __init__(self, model: str, numerics: str, config: ObjectiveConfig, pool: PoolHandle) -> None:
         logs.configure(pool=pool.pool_name, actor="trainer")
         super().__init__(model, numerics, config, pool)
 
 
-def start_trainer_actor(config: GRPOConfig, pool: PoolHandle) -> Any:
-    """A Ray actor that runs a TrainerActor on the pool's model.
+def start_trainer_actor(actor_class: type[OwnProcess], config: ObjectiveConfig, pool: PoolHandle) -> Any:
+    """A Ray actor of that class on the pool's model.
 
     It asks Ray for no CPU: trainer and engines take turns on the same cores, each with its own explicit num_threads.
     """
     environment = actor_env(config.num_threads or available_cores())
-    actor_class = ray.remote(num_cpus=0, runtime_env=environment)(RemoteTrainerActor)
-    return actor_class.remote(pool.config.model, pool.config.profile_name, config, pool)
+    remote_class = ray.remote(num_cpus=0, runtime_env=environment)(actor_class)
+    return remote_class.remote(pool.config.model, pool.config.profile_name, config, pool)

@@ -19,7 +19,7 @@ from trainers import (
     policy_loss,
 )
 from trainers.batch import pack_tokens
-from trainers.trainer_actor import TrainerActor
+from trainers.grpo_actor import GRPOActor
 
 ROWS = [{"prompt": "the quick brown fox"}, {"prompt": "what is the sum of these numbers?"}, {"prompt": "lazy"}]
 PARAMS = SamplingParams(n=4, temperature=0.8, max_tokens=12)
@@ -125,7 +125,7 @@ def test_leaving_observations_out_changes_neither_loss_nor_gradient(policy, roll
 
 
 def test_a_training_step_measures_drawn_tokens_only_and_is_in_lockstep(model, pool, groups, rollouts):
-    trainer = TrainerActor(model, "float32", GRPOConfig(num_threads=1, micro_batch_tokens=150), pool.handle())
+    trainer = GRPOActor(model, "float32", GRPOConfig(num_threads=1, micro_batch_tokens=150), pool.handle())
     rewards = episode_rewards(groups)
     metrics = trainer.step(rollouts, group_advantages(rewards).flatten().tolist())
     assert metrics["mismatch/logprob_abs_diff_max"] == 0.0

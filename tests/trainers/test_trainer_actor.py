@@ -7,7 +7,7 @@ import torch
 
 from engine import EngineConfig, LLMEngine, SamplingParams
 from trainers import GRPOConfig, pack
-from trainers.trainer_actor import TrainerActor
+from trainers.grpo_actor import GRPOActor
 
 PROMPTS = [[5, 9, 11, 30], [7], list(range(40, 90))]
 PARAMS = SamplingParams(n=4, temperature=1.0, max_tokens=12, seed=3)
@@ -36,7 +36,7 @@ def engine(model) -> LLMEngine:
 
 @pytest.fixture
 def start(model, engine):
-    return lambda **changes: TrainerActor(model, "float32", dataclasses.replace(CONFIG, **changes), OneEngine(engine))
+    return lambda **changes: GRPOActor(model, "float32", dataclasses.replace(CONFIG, **changes), OneEngine(engine))
 
 
 @pytest.fixture
