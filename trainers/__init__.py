@@ -6,9 +6,12 @@ import importlib
 
 _HOMES = {
     "ALGORITHMS": "trainers.algorithms",
+    "Critic": "trainers.critic",
     "GRPOConfig": "trainers.grpo_config",
     "GRPOTrainer": "trainers.grpo",
     "LossOutput": "trainers.losses",
+    "PPOConfig": "trainers.ppo_config",
+    "PPOTrainer": "trainers.ppo",
     "PackedBatch": "trainers.batch",
     "Policy": "trainers.policy",
     "RewardScorer": "trainers.rewards",

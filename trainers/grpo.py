@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rollout import Rollout, RolloutPool
-from trainers.advantages import group_advantages, has_spread, shuffle_rewards
+from trainers.advantages import group_advantages, has_spread
 from trainers.grpo_actor import RemoteGRPOActor
 from trainers.grpo_config import GRPOConfig
 from trainers.loop import Batch, Crew, TrainingLoop, ask
@@ -30,7 +30,7 @@ class GRPOTrainer(TrainingLoop):
         policy_version = crew.pool.policy_version
         drawn, rewards, num_refills = self._draw_with_spread(crew, timer)
         groups = [one.rollouts for one in drawn]
-        total = self._shuffled(rewards.total, step) if self.config.shuffle_rewards else rewards.total
+        total = self.dealt_rewards(rewards, step)
         advantages = self._advantages(total)
         with timer("train"):
             actor_metrics = ask(crew.trainer.step, *self._select(groups, total, advantages))
@@ -58,9 +58,6 @@ class GRPOTrainer(TrainingLoop):
     def _num_idle_groups(self, rewards: Rewards) -> int:
         """Groups that nothing is learned from."""
         return int((~has_spread(rewards.total)).sum()) if self.config.skip_zero_std_groups else 0
-
-    def _shuffled(self, total: torch.Tensor, step: int) -> torch.Tensor:
-        return shuffle_rewards(total, torch.Generator().manual_seed(self.config.seed * 1_000_003 + step))
 
     def _advantages(self, total: torch.Tensor) -> torch.Tensor:
         config = self.config

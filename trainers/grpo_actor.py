@@ -31,7 +31,7 @@ class GRPOActor(TrainerActor):
         num_tokens, num_iterations = count_tokens(batches), self.config.num_iterations
         if num_tokens:
             self.history.keep(version, self.policy.model)
-            targets, target_metrics = self._targets(batches, rollouts)
+            targets, target_metrics = self._targets(batches, rollouts, self._reference_logprobs(batches))
             for iteration in range(num_iterations):
                 is_last = iteration == num_iterations - 1
                 logprobs, metrics = self._update(batches, targets, len(rollouts), is_last)

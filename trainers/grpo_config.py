@@ -30,8 +30,6 @@ class GRPOConfig(ObjectiveConfig):
     sampling, arXiv 2503.14476, section 3.2); 0 trains on what is left."""
     check_all_groups: bool = True
     """Compare log-probabilities on the groups that are left out, too: the mismatch is then that of every token."""
-    shuffle_rewards: bool = False
-    """Deal rewards out at random over the batch: a control that must not learn."""
 
     @classmethod
     def for_algorithm(cls, name: str, **overrides: Any) -> GRPOConfig:

@@ -15,6 +15,7 @@ import torch
 from ray.exceptions import RayTaskError
 
 from rollout import EngineConfig, Rollout, RolloutPool, SamplingParams
+from trainers.advantages import shuffle_rewards
 from trainers.corrections import staleness_metrics
 from trainers.evaluation import Evaluator
 from trainers.loop_config import LoopConfig
@@ -114,6 +115,12 @@ class TrainingLoop:
         with timer("reward"):
             rewards = crew.scorer.score([one.row for one in drawn], [one.rollouts for one in drawn])
         return drawn, rewards
+
+    def dealt_rewards(self, rewards: Rewards, step: int) -> torch.Tensor:
+        """The total rewards [P, G] to learn from, dealt out anew where the config says so."""
+        if not self.config.shuffle_rewards:
+            return rewards.total
+        return shuffle_rewards(rewards.total, torch.Generator().manual_seed(self.config.seed * 1_000_003 + step))
 
     def batch_metrics(self, batch: Batch, policy_version: int, timer: PhaseTimer) -> dict[str, float]:
         """Of what was drawn and what it was worth. policy_version: of the trainer before it learned from the batch."""

@@ -56,6 +56,8 @@ class LoopConfig:
     """Seconds that a reward function may take over the samples of one prompt, and over each alone if that fails."""
     reward_processes: int = 1
     """Processes that run reward functions and can be killed; 0 runs them in the trainer's own."""
+    shuffle_rewards: bool = False
+    """Deal rewards out at random over the batch: a control that must not learn."""
 
     num_engines: int = 1
     """Engine actors that generate."""

@@ -60,8 +60,7 @@ class Policy:
         self.tokenizer = load_tokenizer(self.directory)
         self.model = load_transformer(self.directory, numerics, with_masters=True)
         self.optimizer = MasterOptimizer(
-            self.model.parameters(),
-            learning_rate=learning_rate,
+            [(self.model.parameters(), learning_rate)],
             betas=betas,
             weight_decay=weight_decay,
             max_grad_norm=max_grad_norm,

@@ -67,17 +67,25 @@ class TrainerActor:
         }
 
     @torch.no_grad()
+    def _reference_logprobs(self, batches: Sequence[PackedBatch]) -> list[torch.Tensor] | None:
+        """Of each batch [C]; None where no KL is asked for."""
+        return [self.reference.logprobs(batch) for batch in batches] if self.reference else None
+
+    @torch.no_grad()
     def _targets(
-        self, batches: Sequence[PackedBatch], rollouts: Sequence[Rollout]
+        self,
+        batches: Sequence[PackedBatch],
+        rollouts: Sequence[Rollout],
+        reference_logprobs: Sequence[torch.Tensor] | None,
     ) -> tuple[list[Targets], dict[str, float]]:
-        """What the tokens are held against through every iteration; a forward more where rollouts are stale."""
+        """What the tokens are held against through every update; a forward more where rollouts are stale."""
         is_stale = bool(token_staleness(rollouts, self.policy.policy_version).any())
         is_decoupled = is_stale and self.config.correction != "none"
         return make_targets(
             self.config,
             batches,
             proximal_logprobs=[self.policy.token_logprobs(batch) for batch in batches] if is_decoupled else None,
-            reference_logprobs=[self.reference.logprobs(batch) for batch in batches] if self.reference else None,
+            reference_logprobs=reference_logprobs,
         )
 
     def _update(

@@ -1,0 +1,123 @@
+"""Critic: PPO's value function - a Transformer of its own with a value head, its optimiser and its updates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from engine.checkpoint import resolve_model
+from engine.model import NamedTensors, PackedLinear, Transformer
+from trainers.batch import PackedBatch
+from trainers.losses import LossOutput, value_loss
+from trainers.optimizer import MasterOptimizer
+from trainers.policy import load_transformer, packed_hidden
+
+HEAD_WEIGHT, HEAD_BIAS = "score.weight", "score.bias"
+
+
+class ValueModel(nn.Module):
+    """A Transformer whose final hidden states a head [1, D] turns into values; the head begins at zero."""
+
+    def __init__(self, trunk: Transformer) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = PackedLinear(
+            1, trunk.config.hidden_size, trunk.ops, has_bias=True, with_master=True, into_residual=True
+        )
+        nn.init.zeros_(self.head.master)
+        self.repack()
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        """Values [C] float32 of the states before a packed batch's targets."""
+        return self.head(packed_hidden(self.trunk, batch)).squeeze(1)
+
+    def repack(self) -> None:
+        """Brings the packed storage up to date with the masters."""
+        self.trunk.repack()
+        self.head.repack()
+
+
+class Critic:
+    """Values in training: of each state, the discounted sum of the rewards that the policy still gets.
+
+    model: the policy's, whose weights the trunk begins with; numerics: its profile. With a head of zeros every value is
+    exactly 0 before the first update. head_learning_rate: the head's own, since it has everything to learn;
+    learning_rate where None. The other settings are MasterOptimizer's.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        numerics: str = "float32",
+        learning_rate: float = 1e-5,
+        head_learning_rate: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+        warmup_steps: int = 0,
+    ) -> None:
+        self.model = ValueModel(load_transformer(resolve_model(model), numerics, with_masters=True))
+        self.optimizer = MasterOptimizer(
+            [
+                (self.model.trunk.parameters(), learning_rate),
+                (self.model.head.parameters(), head_learning_rate or learning_rate),
+            ],
+            betas=betas,
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
+            warmup_steps=warmup_steps,
+        )
+
+    @torch.no_grad()
+    def values(self, batch: PackedBatch) -> torch.Tensor:
+        """Values [C] float32 of the states before the batch's targets, the same bits however they are packed."""
+        return self.model(batch)
+
+    def forward_backward(
+        self,
+        batch: PackedBatch,
+        old_values: torch.Tensor,
+        returns: torch.Tensor,
+        *,
+        num_tokens: int,
+        clip: float | None = None,
+    ) -> LossOutput:
+        """One forward and backward of `value_loss`; gradients add up until optim_step.
+
+        old_values, returns: [C] float32. num_tokens: of all batches whose gradients are to add up.
+        """
+        loss = value_loss(self.model(batch), old_values, returns, batch.loss_mask, num_tokens=num_tokens, clip=clip)
+        self.optimizer.backward(loss.loss)
+        return loss
+
+    def optim_step(self) -> dict[str, float]:
+        """Clip the gradient, move the masters, repack them for the kernels."""
+        grad_norm, learning_rate = self.optimizer.step()
+        self.model.repack()
+        return {"critic/grad_norm": grad_norm, "critic/lr": learning_rate}
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, float32 tensor) of every weight: Hugging Face's names of the trunk, score.weight and score.bias.
+
+        They are those of a token classification model with one label.
+        """
+        yield from self.model.trunk.named_weights()
+        yield HEAD_WEIGHT, self.model.head.read_rows(0, 1).detach()
+        yield HEAD_BIAS, self.model.head.bias.detach()
+
+    def load_weights(self, named_tensors: NamedTensors) -> None:
+        """Replaces every weight by those that `named_weights` gave; ValueError where they are not this model's."""
+        tensors = dict(named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors)
+        shapes = {HEAD_WEIGHT: tuple(self.model.head.master.shape), HEAD_BIAS: (1,)}
+        head = {name: tensors.pop(name, None) for name in shapes}
+        for name, tensor in head.items():
+            if tensor is None or tuple(tensor.shape) != shapes[name]:
+                found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+                raise ValueError(f"weight {name!r} of the critic is {found}; needed: floats of shape {shapes[name]}")
+        self.model.trunk.load_weights(tensors)
+        self.model.head.write_rows(head[HEAD_WEIGHT].detach().float(), 0)
+        self.model.head.bias.data.copy_(head[HEAD_BIAS])
