@@ -5,12 +5,14 @@ import math
 
 import pytest
 import torch
-from test_trainer_actor import PARAMS, PROMPTS, OneEngine
+from one_engine import OneEngine
 
-from engine import EngineConfig, LLMEngine
+from engine import EngineConfig, LLMEngine, SamplingParams
 from trainers import PPOConfig
 from trainers.ppo_actor import PPOActor
 
+PROMPTS = [[5, 9, 11, 30], [7], list(range(40, 90))]
+PARAMS = SamplingParams(n=4, temperature=1.0, max_tokens=12, seed=3)
 CONFIG = PPOConfig(
     num_prompts=3,
     num_epochs=2,

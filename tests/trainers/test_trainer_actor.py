@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from one_engine import OneEngine
 
 from engine import EngineConfig, LLMEngine, SamplingParams
 from trainers import GRPOConfig, pack
@@ -12,16 +13,6 @@ from trainers.grpo_actor import GRPOActor
 PROMPTS = [[5, 9, 11, 30], [7], list(range(40, 90))]
 PARAMS = SamplingParams(n=4, temperature=1.0, max_tokens=12, seed=3)
 CONFIG = GRPOConfig(learning_rate=1e-3, warmup_steps=0, micro_batch_tokens=64, max_tokens=12, num_threads=1)
-
-
-class OneEngine:
-    """Stands where a pool's handle does: one engine of this process takes the weights."""
-
-    def __init__(self, engine: LLMEngine) -> None:
-        self.engine = engine
-
-    def sync_weights(self, named_tensors, policy_version, mode):
-        return self.engine.update_weights(named_tensors, policy_version, mode)
 
 
 @pytest.fixture(scope="module")
