@@ -7,6 +7,7 @@ import importlib
 _HOMES = {
     "RolloutPool": "rollout.pool",
     "PoolHandle": "rollout.handle",
+    "Buffered": "rollout.buffer",
     "Rollout": "rollout.rollout",
     "EpisodeRunner": "rollout.episodes",
     "Environment": "rollout.environment",

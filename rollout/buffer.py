@@ -59,9 +59,18 @@ class BufferStats:
     staleness_max: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Buffered:
+    """What has been submitted and not collected: with it a later run goes on (`PoolHandle.put_back`)."""
+
+    ready: list[list[Rollout]]  # finished groups, in the order of submission
+    running: list[PendingGroup]  # the others, in that order
+
+
 @dataclass(frozen=True, slots=True)
 class _Running:
     place: int  # in the order of submission
+    group: PendingGroup
     policy_version: int  # at which it was submitted: its tokens are of this version or later ones
 
 
@@ -109,14 +118,16 @@ class RolloutBuffer:
         """On their way or ready."""
         return len(self._running) + len(self._ready)
 
-    def has_capacity(self, num_groups: int = 1) -> bool:
-        """Whether so many groups may be submitted now."""
-        return num_groups <= self._capacity()
+    def capacity(self) -> int:
+        """How many groups may be submitted now."""
+        if self._limit is None:
+            return max(0, self._num_groups_with_room() - self.num_groups)
+        return max(0, self._limit.max_groups - self.num_groups - self._num_taken(self._policy_version()))
 
     def refuse(self, num_groups: int) -> NoReturn:
         """Raises the ValueError for groups that there is no capacity for."""
         raise ValueError(
-            f"{num_groups} groups are more than the {self._capacity()} that may be submitted now "
+            f"{num_groups} groups are more than the {self.capacity()} that may be submitted now "
             f"({self._describe_limit()}): ask has_capacity({num_groups}) first, collect, or sync a new version"
         )
 
@@ -125,9 +136,27 @@ class RolloutBuffer:
         version = self._policy_version()
         self._submission.add(list(groups))
         for group in groups:
-            self._running[group.request.group_id] = _Running(self._stats.num_submitted, version)
+            self._running[group.request.group_id] = _Running(self._stats.num_submitted, group, version)
             self._stats.num_submitted += 1
         self._note_stats(self._counted())
+
+    def put_back(self, groups: Sequence[tuple[PendingGroup, list[Rollout]]]) -> None:
+        """Finished groups, as if they had been submitted and drawn here."""
+        for group, rollouts in groups:
+            self._ready.append(_Ready(self._stats.num_submitted, group, rollouts))
+            self._stats.num_submitted += 1
+        self._note_stats(self._counted())
+
+    def discard(self, num_groups: int) -> None:
+        """Of the groups collected under the present version, so many will not be trained on: others take their room."""
+        self._taken = _Taken(self._taken.policy_version, max(0, self._taken.num_groups - num_groups))
+
+    def buffered(self) -> Buffered:
+        """As it stands now; nothing is taken out of it. Raises what `collect` would."""
+        self._take(0.0)
+        self._ready.sort(key=lambda ready: ready.place)
+        running = sorted(self._running.values(), key=lambda running: running.place)
+        return Buffered(ready=[ready.rollouts for ready in self._ready], running=[one.group for one in running])
 
     def collect(self, num_groups: int, timeout: float | None) -> list[list[Rollout]]:
         """The next so many groups to finish that are not too old, in the order in which they were submitted.
@@ -161,11 +190,6 @@ class RolloutBuffer:
     def _counted(self) -> BufferStats:
         """As it stands. Raises nothing, so that what is handed out with it cannot be lost."""
         return replace(self._stats, num_running=len(self._running), num_ready=len(self._ready))
-
-    def _capacity(self) -> int:
-        if self._limit is None:
-            return max(0, self._num_groups_with_room() - self.num_groups)
-        return max(0, self._limit.max_groups - self.num_groups - self._num_taken(self._policy_version()))
 
     def _num_taken(self, policy_version: int) -> int:
         if policy_version != self._taken.policy_version:
@@ -203,7 +227,7 @@ class RolloutBuffer:
             self._submission.add([ready.group for ready in stale])
         except PoolDrainingError:
             return False
-        self._running |= {one.group.request.group_id: _Running(one.place, policy_version) for one in stale}
+        self._running |= {one.group.request.group_id: _Running(one.place, one.group, policy_version) for one in stale}
         self._stats.num_stale_redrawn += len(stale)
         return True
 

@@ -22,7 +22,7 @@ from engine.model import NamedTensors
 from engine.prompts import as_prompts, per_prompt_params
 from engine.tokenizer import Prompt, load_tokenizer
 from rollout import requests
-from rollout.buffer import BufferStats, RolloutBuffer, StalenessLimit
+from rollout.buffer import Buffered, BufferStats, RolloutBuffer, StalenessLimit
 from rollout.coordinator import PoolStats
 from rollout.engine_actor import EngineInfo
 from rollout.errors import translate
@@ -168,7 +168,11 @@ class PoolHandle:
 
     def has_capacity(self, num_groups: int = 1) -> bool:
         """Whether so many groups may be submitted: within the pool's `max_staleness`, or what engines can queue."""
-        return self._buffer.has_capacity(num_groups)
+        return num_groups <= self.capacity()
+
+    def capacity(self) -> int:
+        """How many groups may be submitted now; see `has_capacity`."""
+        return self._buffer.capacity()
 
     def collect(self, num_groups: int, timeout: float | None = None) -> list[list[Rollout]]:
         """The next `num_groups` submitted groups to finish, in the order of their submission.
@@ -184,6 +188,33 @@ class PoolHandle:
     def buffer_stats(self) -> BufferStats:
         """Of this handle's `submit` and `collect`: how many groups, and how old they were."""
         return self._buffer.stats()
+
+    def discard(self, num_groups: int) -> None:
+        """Says that so many of the groups collected last will not be trained on, such as those whose rewards are alike.
+
+        Groups that are trained on make room for others with the version that comes of them; these make it at once.
+        """
+        self._buffer.discard(num_groups)
+
+    def buffered(self) -> Buffered:
+        """What this handle has submitted and not collected, for a checkpoint; nothing is taken away."""
+        return self._buffer.buffered()
+
+    def put_back(self, groups: Sequence[list[Rollout]]) -> None:
+        """Finished groups of an earlier run, to be collected before what is submitted after them.
+
+        Raises ValueError for groups of engines with another kernel fingerprint, and where they are more than
+        `capacity()`.
+        """
+        if not self.has_capacity(len(groups)):
+            self._buffer.refuse(len(groups))
+        for group in groups:
+            if group[0].kernel_fingerprint != self.kernel_fingerprint:
+                raise ValueError(
+                    f"group {group[0].group_id!r} was drawn by kernels with fingerprint {group[0].kernel_fingerprint}, "
+                    f"this pool's is {self.kernel_fingerprint}: their bits may differ, so draw it anew"
+                )
+        self._buffer.put_back([(PendingGroup.from_rollouts(group), group) for group in groups])
 
     def abort(self, group_ids: Sequence[str]) -> None:
         """Ends running groups: whoever waits for them gets what they have, with finish_reason "abort".

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,6 +35,23 @@ class PendingGroup:
     sampling_params: SamplingParams  # as the caller gave them
     metadata: Mapping[str, Any]
     kernel_fingerprint: str
+
+    @classmethod
+    def from_rollouts(cls, rollouts: Sequence[Rollout]) -> PendingGroup:
+        """The group that they are the samples of."""
+        first = rollouts[0]
+        request = GroupRequest(
+            group_id=first.group_id,
+            prompt_token_ids=list(first.prompt_token_ids),
+            params=replace(first.sampling_params, seed=first.seed),
+        )
+        return cls(
+            position=0,
+            request=request,
+            sampling_params=first.sampling_params,
+            metadata=first.metadata,
+            kernel_fingerprint=first.kernel_fingerprint,
+        )
 
     @property
     def routed(self) -> Routed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 
 _HOMES = {
+    "ALGORITHMS": "trainers.algorithms",
     "GRPOConfig": "trainers.grpo_config",
     "GRPOTrainer": "trainers.grpo",
     "LossOutput": "trainers.losses",
@@ -12,16 +13,34 @@ _HOMES = {
     "Policy": "trainers.policy",
     "RewardScorer": "trainers.rewards",
     "Rewards": "trainers.rewards",
+    "algorithm": "trainers.algorithms",
+    "correction_weights": "trainers.corrections",
+    "discounted_returns": "trainers.gae",
+    "effective_sample_size": "trainers.corrections",
+    "entropy_loss": "trainers.losses",
     "episode_metrics": "trainers.episodes",
     "episode_rewards": "trainers.episodes",
+    "explained_variance": "trainers.gae",
     "from_verl": "trainers.verl_rewards",
+    "gae_advantages": "trainers.gae",
     "group_advantages": "trainers.advantages",
     "kl_estimate": "trainers.losses",
     "kl_loss": "trainers.losses",
+    "overlong_penalty": "trainers.penalties",
     "pack": "trainers.batch",
     "pack_micro_batches": "trainers.batch",
+    "packed_gae": "trainers.gae",
     "policy_loss": "trainers.losses",
+    "policy_ratio": "trainers.losses",
+    "staleness_metrics": "trainers.corrections",
     "token_logprobs": "kernels.logprobs",
+    "token_rewards": "trainers.penalties",
+    "token_staleness": "trainers.corrections",
+    "token_weights": "trainers.losses",
+    "truncation_weights": "trainers.corrections",
+    "untruncated_logprobs": "trainers.corrections",
+    "value_loss": "trainers.losses",
+    "whiten": "trainers.advantages",
 }
 
 __all__ = sorted(_HOMES)

@@ -32,6 +32,7 @@ class PackedBatch:
     advantages: torch.Tensor  # [C] float32, the sample's advantage on each of its tokens
     loss_mask: torch.Tensor  # [C] float32, 1 where a token is trained; all 1 as `pack` makes it
     sample_index: torch.Tensor  # [C] int32, the token's sample: its place in the list that was packed
+    policy_versions: torch.Tensor  # [C] int32, the version that drew the token
 
     @property
     def num_rows(self) -> int:
@@ -98,7 +99,8 @@ def pack_tokens(
             layout.add_completion(sample_index, token_ids, [1] * len(token_ids))
             sample_index += 1
     zeros, ones = [0.0] * len(layout.target_ids), [1.0] * len(layout.target_ids)
-    return layout.to_batch(temperature=ones, rollout_logprobs=zeros, advantages=zeros, loss_mask=ones)
+    versions = [0] * len(layout.target_ids)
+    return layout.to_batch(versions, temperature=ones, rollout_logprobs=zeros, advantages=zeros, loss_mask=ones)
 
 
 @dataclass(slots=True)
@@ -148,7 +150,7 @@ class _Layout:
         self.target_ids.extend(compress(token_ids, loss_mask))
         self.sample_index.extend([index] * sum(loss_mask))
 
-    def to_batch(self, **columns: Sequence[float]) -> PackedBatch:
+    def to_batch(self, policy_versions: Sequence[int], **columns: Sequence[float]) -> PackedBatch:
         return PackedBatch(
             input_ids=torch.tensor(self.input_ids, dtype=torch.int64),
             positions=torch.tensor(self.positions, dtype=torch.int32),
@@ -156,6 +158,7 @@ class _Layout:
             target_rows=torch.tensor(self.target_rows, dtype=torch.int64),
             target_ids=torch.tensor(self.target_ids, dtype=torch.int64),
             sample_index=torch.tensor(self.sample_index, dtype=torch.int32),
+            policy_versions=torch.tensor(policy_versions, dtype=torch.int32),
             **{name: torch.tensor(values, dtype=torch.float32) for name, values in columns.items()},
         )
 
@@ -177,7 +180,9 @@ def _pack_samples(
             else:
                 layout.add_sequence(index, rollout.prompt_token_ids, rollout.token_ids, rollout.loss_mask)
         packed.extend(group)
-    return layout.to_batch(**_columns([rollouts[i] for i in packed], [float(advantages[i]) for i in packed]))
+    chosen = [rollouts[i] for i in packed]
+    versions = [version for r in chosen for version in compress(r.policy_versions, r.loss_mask)]
+    return layout.to_batch(versions, **_columns(chosen, [float(advantages[i]) for i in packed]))
 
 
 def _columns(rollouts: Sequence[Rollout], advantages: Sequence[float]) -> dict[str, list[float]]:

@@ -1,142 +1,62 @@
-"""GRPO: the training loop, from prompts to synchronised weights, read from top to bottom."""
+"""GRPO: one step of the training loop, from prompts to better weights, read from top to bottom."""
 
 from __future__ import annotations
 
-import random
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import ray
 import torch
-from ray.exceptions import RayTaskError
 
-from rollout import EngineConfig, Rollout, RolloutPool, SamplingParams
+from rollout import Rollout, RolloutPool
 from trainers.advantages import group_advantages, has_spread, shuffle_rewards
 from trainers.grpo_config import GRPOConfig
-from trainers.metrics import PhaseTimer, response_metrics, reward_metrics
-from trainers.reward_calls import RewardFunction, require_columns
-from trainers.rewards import Rewards, RewardScorer
+from trainers.loop import Batch, Crew, TrainingLoop, ask
+from trainers.metrics import PhaseTimer
+from trainers.rewards import Rewards
+from trainers.rollout_source import Drawn
 from trainers.trainer_actor import start_trainer_actor
 
-Row = Mapping[str, Any]
-Callback = Callable[[dict[str, float]], None]
 
-STOP_SECONDS = 10.0
+class GRPOTrainer(TrainingLoop):
+    """Group relative policy optimisation (arXiv 2402.03300) on exact rollouts; see TrainingLoop for its arguments."""
 
+    config: GRPOConfig
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """The latest step's rollouts and what they were worth, for callbacks that show or keep them."""
+    def start_trainer(self, pool: RolloutPool) -> Any:
+        return start_trainer_actor(self.config, pool.handle())
 
-    rows: Sequence[Row]  # one per group
-    groups: Sequence[Sequence[Rollout]]  # P groups of G
-    rewards: Rewards
-    advantages: torch.Tensor  # [P, G] float32
-
-
-class GRPOTrainer:
-    """Group relative policy optimisation (arXiv 2402.03300) on exact on-policy rollouts.
-
-    rows: dictionaries with a `prompt` (text, token ids or chat messages); further columns go to the reward functions.
-    reward_functions: f(prompts, completions, **columns) -> list of float or None, sync or async (see rewards.py).
-    eval_rows: held-out rows with an `answer` (see answer_template) or `right_completions` (a text or list of texts).
-    callbacks: called with the metrics of each step, and before the first step with those of step 0; `batch` and
-    `environment` of this object then hold what belongs to them. on_phase is called with the name of each phase
-    ("rollout", "reward", "train", "weight_sync", "eval") as it begins.
-    """
-
-    def __init__(
-        self,
-        config: GRPOConfig,
-        engine_config: EngineConfig,
-        rows: Sequence[Row],
-        reward_functions: RewardFunction | Sequence[RewardFunction],
-        eval_rows: Sequence[Row] | None = None,
-        callbacks: Sequence[Callback] = (),
-        on_phase: Callable[[str], None] | None = None,
-    ) -> None:
-        self.config, self.engine_config = config, engine_config
-        self.reward_functions = [reward_functions] if callable(reward_functions) else list(reward_functions)
-        self.rows = _checked_rows(rows)
-        require_columns(self.reward_functions, {name for row in self.rows for name in row if name != "prompt"})
-        self.eval_rows = eval_rows or ()
-        self.right_completions = [_right_completions(row, config.answer_template) for row in self.eval_rows]
-        self.callbacks, self.on_phase = tuple(callbacks), on_phase
-        self.sampling_params = SamplingParams(
-            n=config.group_size, temperature=config.temperature, max_tokens=config.max_tokens, stop=config.stop
-        )
-        self.batch: Batch | None = None
-        self.environment: dict[str, Any] = {}
-
-    def train(self) -> list[dict[str, float]]:
-        """Run every step; returns the metrics of each, step 0 (the untrained model) first.
-
-        Ctrl-C and SIGTERM raise KeyboardInterrupt here, after engines and trainer have been shut down.
-        """
-        config = self.config
-        with (
-            self._scorer() as scorer,
-            self._pool() as pool,
-            _sigterm_as_interrupt(),
-            _trainer_actor(config, pool) as trainer,
-        ):
-            self.environment = self._environment(pool, trainer)
-            history = [self._report(self._evaluate(0, trainer))]
-            for step, rows in enumerate(self._batches(), start=1):
-                metrics = self._step(step, rows, pool, trainer, scorer)
-                history.append(self._report(metrics | self._evaluate(step, trainer)))
-            self._save_weights(trainer)
-        return history
-
-    def _step(
-        self, step: int, rows: Sequence[Row], pool: RolloutPool, trainer: Any, scorer: RewardScorer
-    ) -> dict[str, float]:
-        timer = PhaseTimer(self.on_phase)
-        with timer("rollout"):
-            group_ids = [f"step{step}-prompt{p}" for p in range(len(rows))]
-            groups = pool.generate([row["prompt"] for row in rows], self.sampling_params, group_ids=group_ids)
-        with timer("reward"):
-            rewards = scorer.score(rows, groups)
-            total = self._shuffled(rewards.total, step) if self.config.shuffle_rewards else rewards.total
-            advantages = self._advantages(total)
+    def train_step(self, step: int, crew: Crew, timer: PhaseTimer) -> dict[str, float]:
+        policy_version = crew.pool.policy_version
+        drawn, rewards, num_refills = self._draw_with_spread(crew, timer)
+        groups = [one.rollouts for one in drawn]
+        total = self._shuffled(rewards.total, step) if self.config.shuffle_rewards else rewards.total
+        advantages = self._advantages(total)
         with timer("train"):
-            actor_metrics = _ask(trainer.step, *self._select(groups, total, advantages))
-        with timer("weight_sync"):
-            sync_metrics = self._sync(pool, trainer, actor_metrics["policy_version"])
-        self.batch = Batch(rows=rows, groups=groups, rewards=rewards, advantages=advantages)
-        rollouts = [rollout for group in groups for rollout in group]
+            actor_metrics = ask(crew.trainer.step, *self._select(groups, total, advantages))
+        self.batch = Batch(rows=[one.row for one in drawn], groups=groups, rewards=rewards, advantages=advantages)
         return {
             "step": step,
-            **reward_metrics(rewards),
-            **response_metrics(rollouts),
+            **self.batch_metrics(self.batch, policy_version, timer),
+            **({"reward/num_refills": num_refills} if self.config.max_refills else {}),
             **actor_metrics,
-            **sync_metrics,
-            **timer.metrics(),
-            "perf/rollout_tokens_per_second": sum(len(r.token_ids) for r in rollouts) / timer.seconds["rollout"],
             "perf/train_tokens_per_second": actor_metrics["actor/num_rows"] / timer.seconds["train"],
-            "perf/engine_num_threads": self.environment["engine"]["num_threads"],
-            "perf/trainer_num_threads": self.environment["trainer"]["num_threads"],
         }
 
-    def _pool(self) -> RolloutPool:
-        config = self.config
-        return RolloutPool(
-            self.engine_config,
-            num_engines=config.num_engines,
-            seed=config.seed,
-            journal=config.journal_dir,
-            keep_weights_every=config.keep_weights_every,
-            keep_last=config.keep_last,
-        )
+    def _draw_with_spread(self, crew: Crew, timer: PhaseTimer) -> tuple[list[Drawn], Rewards, int]:
+        """A batch, and in place of groups without spread further ones, as often as is allowed; how often it was."""
+        drawn, rewards = self.draw(crew, self.config.num_prompts, timer)
+        num_refills, num_missing = 0, self._num_idle_groups(rewards)
+        crew.source.discard(num_missing)
+        while num_missing and num_refills < self.config.max_refills:
+            more, more_rewards = self.draw(crew, num_missing, timer)
+            drawn, rewards = [*drawn, *more], rewards.joined(more_rewards)
+            num_refills, num_missing = num_refills + 1, self._num_idle_groups(more_rewards)
+            crew.source.discard(num_missing)
+        return drawn, rewards, num_refills
 
-    def _scorer(self) -> RewardScorer:
-        config = self.config
-        return RewardScorer(self.reward_functions, num_processes=config.reward_processes, timeout=config.reward_timeout)
+    def _num_idle_groups(self, rewards: Rewards) -> int:
+        """Groups that nothing is learned from."""
+        return int((~has_spread(rewards.total)).sum()) if self.config.skip_zero_std_groups else 0
 
     def _shuffled(self, total: torch.Tensor, step: int) -> torch.Tensor:
         return shuffle_rewards(total, torch.Generator().manual_seed(self.config.seed * 1_000_003 + step))
@@ -166,105 +86,3 @@ class GRPOTrainer:
                 else:
                     left_out.append(rollout)
         return trained, trained_advantages, left_out if self.config.check_all_groups else []
-
-    def _sync(self, pool: RolloutPool, trainer: Any, policy_version: int) -> dict[str, float]:
-        if policy_version == pool.policy_version:  # the optimiser rested
-            return {}
-        report = _ask(trainer.sync)
-        return {"weight_sync/bytes": report.bytes, "weight_sync/pause_seconds": max(report.pause_seconds)}
-
-    def _evaluate(self, step: int, trainer: Any) -> dict[str, float]:
-        """The expected reward where it is due, by name; step 0 always reports its number."""
-        every = self.config.eval_every
-        is_due = step in (0, self.config.num_steps) or (every > 0 and step % every == 0)
-        metrics: dict[str, float] = {} if step else {"step": 0}
-        if is_due and self.eval_rows:
-            timer = PhaseTimer(self.on_phase)
-            with timer("eval"):
-                prompts = [row["prompt"] for row in self.eval_rows]
-                expected_reward = _ask(trainer.expected_reward, prompts, self.right_completions)
-            metrics |= {"eval/expected_reward": expected_reward, "timing_s/eval": timer.seconds["eval"]}
-        return metrics
-
-    def _batches(self) -> Iterator[list[Row]]:
-        """The rows of each step: passes over the data set, each in a new order fixed by the seed."""
-        order_generator = random.Random(self.config.seed)
-        queue: list[Row] = []
-        for _ in range(self.config.num_steps):
-            while len(queue) < self.config.num_prompts:
-                queue.extend(order_generator.sample(self.rows, len(self.rows)))
-            yield queue[: self.config.num_prompts]
-            del queue[: self.config.num_prompts]
-
-    def _environment(self, pool: RolloutPool, trainer: Any) -> dict[str, Any]:
-        return {
-            "engine": {
-                "num_engines": len(pool.engine_infos),
-                "num_threads": pool.engine_info.num_threads,
-                "max_model_len": pool.engine_info.max_model_len,
-                "kernel_fingerprint": pool.kernel_fingerprint,
-            },
-            "trainer": _ask(trainer.environment),
-        }
-
-    def _report(self, metrics: dict[str, float]) -> dict[str, float]:
-        for callback in self.callbacks:
-            callback(metrics)
-        return metrics
-
-    def _save_weights(self, trainer: Any) -> None:
-        if self.config.output_dir is not None:
-            directory = Path(self.config.output_dir).absolute() / "weights"
-            _ask(trainer.save_pretrained, str(directory))
-
-
-@contextmanager
-def _trainer_actor(config: GRPOConfig, pool: RolloutPool) -> Iterator[Any]:
-    trainer = start_trainer_actor(config, pool.handle())
-    try:
-        yield trainer
-    finally:
-        ray.kill(trainer)
-        ray.wait([trainer.__ray_ready__.remote()], timeout=STOP_SECONDS)  # ends when Ray knows that it is dead
-
-
-def _ask(method: Any, *arguments: Any) -> Any:
-    """Calls a method of the trainer actor; what it raises is raised here as it was there."""
-    try:
-        return ray.get(method.remote(*arguments))
-    except RayTaskError as error:
-        raise error.cause from error
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """While inside, SIGTERM raises KeyboardInterrupt as Ctrl-C does, so that every `finally` runs."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
-        yield
-        return
-
-    def interrupt(signum: int, frame: Any) -> None:
-        raise KeyboardInterrupt(f"signal {signum}")
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _checked_rows(rows: Sequence[Row]) -> list[Row]:
-    if not len(rows):
-        raise ValueError("the data set has no rows")
-    for i, row in enumerate(rows):
-        if "prompt" not in row:
-            raise ValueError(f"row {i} of the data set has the columns {sorted(row)}, but no `prompt`")
-    return list(rows)
-
-
-def _right_completions(row: Row, answer_template: str) -> str | Sequence[str]:
-    if "right_completions" in row:
-        return row["right_completions"]
-    if "answer" not in row:
-        raise ValueError(f"an evaluation row needs `answer` or `right_completions`; it has {sorted(row)}")
-    return answer_template.format(answer=row["answer"])

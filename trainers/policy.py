@@ -67,7 +67,8 @@ class Policy:
                 self.model.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True
             )
         )
-        self.policy_version = 0
+        self.policy_version = 0  # of the weights as others may have them
+        self.num_updates = 0  # of the optimiser
 
     def token_logprobs(self, batch: PackedBatch) -> torch.Tensor:
         """Log-probabilities of the batch's targets, [C] float32, differentiable."""
@@ -80,8 +81,12 @@ class Policy:
         self.accelerator.backward(output.loss)
         return ForwardBackwardOutput(logprobs=logprobs.detach(), metrics=output.metrics)
 
-    def optim_step(self) -> dict[str, float]:
-        """Clip the gradient, move the masters, repack them for the kernels; policy_version + 1."""
+    def optim_step(self, *, is_new_version: bool = True) -> dict[str, float]:
+        """Clip the gradient, move the masters, repack them for the kernels; policy_version + 1.
+
+        is_new_version: False for all but the last of several steps on one batch. Nobody draws under the weights in
+        between, so the number of versions that a token is old counts batches.
+        """
         grad_norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))
         if not grad_norm < float("inf"):
             raise FloatingPointError(
@@ -94,7 +99,8 @@ class Policy:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.model.repack()
-        self.policy_version += 1
+        self.num_updates += 1
+        self.policy_version += is_new_version
         return {"actor/grad_norm": grad_norm, "actor/lr": learning_rate}
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -141,7 +147,7 @@ class Policy:
         return ids
 
     def _current_learning_rate(self) -> float:
-        return self.learning_rate * min(1.0, (self.policy_version + 1) / max(1, self.warmup_steps))
+        return self.learning_rate * min(1.0, (self.num_updates + 1) / max(1, self.warmup_steps))
 
 
 def load_transformer(directory: Path, numerics: str, with_masters: bool) -> Transformer:

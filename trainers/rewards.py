@@ -29,6 +29,15 @@ class Rewards:
     num_failed: int  # samples masked because a function raised, died, gave a wrong length, or what is no number
     num_timed_out: int = 0  # samples masked because a function gave nothing before the deadline
 
+    def joined(self, others: Rewards) -> Rewards:
+        """These groups, then those of `others`, which have as many samples."""
+        return Rewards(
+            total=torch.cat([self.total, others.total]),
+            by_function={name: torch.cat([ours, others.by_function[name]]) for name, ours in self.by_function.items()},
+            num_failed=self.num_failed + others.num_failed,
+            num_timed_out=self.num_timed_out + others.num_timed_out,
+        )
+
 
 class RewardScorer:
     """Scores groups of samples with reward functions, in processes of their own or, with num_processes=0, in this one.

@@ -170,17 +170,6 @@ def test_shuffled_rewards_are_dealt_out_anew_and_groups_without_spread_are_only_
     assert metrics["mismatch/logprob_abs_diff_max"] == 0.0
 
 
-def test_prompts_come_in_full_passes_in_an_order_fixed_by_the_seed(engine_config):
-    config = dataclasses.replace(CONFIG, num_steps=9)
-    batches = list(GRPOTrainer(config, engine_config, ROWS, has_letter_e)._batches())
-    drawn = [row["prompt"] for batch in batches for row in batch]
-    assert [len(batch) for batch in batches] == [4] * 9
-    assert sorted(drawn[:18]) == sorted(drawn[18:]) == sorted(row["prompt"] for row in ROWS)
-    assert drawn[:18] != drawn[18:]
-    other = GRPOTrainer(dataclasses.replace(config, seed=2), engine_config, ROWS, has_letter_e)._batches()
-    assert [row["prompt"] for row in next(other)] != drawn[:4]
-
-
 @pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_the_run_with_nothing_left_running(engine_config, tmp_path, signum):
     script = tmp_path / "run.py"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine import EngineConfig, LLMEngine, SamplingParams
-from trainers import GRPOConfig
+from trainers import GRPOConfig, pack
 from trainers.trainer_actor import TrainerActor
 
 PROMPTS = [[5, 9, 11, 30], [7], list(range(40, 90))]
@@ -20,8 +20,8 @@ class OneEngine:
     def __init__(self, engine: LLMEngine) -> None:
         self.engine = engine
 
-    def sync_weights(self, named_tensors, policy_version):
-        return self.engine.update_weights(named_tensors, policy_version)
+    def sync_weights(self, named_tensors, policy_version, mode):
+        return self.engine.update_weights(named_tensors, policy_version, mode)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_tokens_that_the_engine_did_not_draw_are_not_compared(start, draw):
 def test_later_iterations_clip_but_the_mismatch_stays_that_of_the_first(start, draw):
     rollouts = draw()
     metrics = start(num_iterations=3, learning_rate=3e-2).step(rollouts, advantages_of(rollouts))
-    assert metrics["policy_version"] == 3
+    assert metrics["policy_version"] == 1  # the weights in between are nobody's
     assert metrics["mismatch/logprob_abs_diff_max"] == 0.0
     assert metrics["actor/pg_clipfrac"] > 0.0
     assert metrics["actor/ppo_kl"] != 0.0
@@ -137,8 +137,39 @@ def test_stale_rollouts_are_refused(start, draw):
     trainer = start()
     rollouts = draw()
     trainer.step(rollouts, advantages_of(rollouts))
-    with pytest.raises(ValueError, match=r"versions \[0\], the trainer is at 1"):
+    with pytest.raises(ValueError, match=r"versions \[0\], the trainer is at 1 and takes those at most 0 behind it"):
         trainer.step(rollouts, advantages_of(rollouts))
+
+
+def test_tokens_of_an_older_version_are_compared_under_its_weights(start, engine, make_rollout):
+    """Samples that run across an update, which comes in the middle of their tokens."""
+    trainer = start(mode="async", max_staleness=1)
+    for i, prompt in enumerate(PROMPTS):
+        engine.add_request(str(i), prompt, dataclasses.replace(PARAMS, ignore_eos=True))
+    completions = [completion for _ in range(5) for completion in engine.step().finished]
+    others = [make_rollout([5], [6, 7], kernel_fingerprint=engine.kernel_fingerprint)] * 2
+    assert trainer.step(others, [1.0, -1.0])["policy_version"] == 1
+    trainer.sync()
+    while engine.has_unfinished():
+        completions += engine.step().finished
+    rollouts = [
+        make_rollout(
+            PROMPTS[int(completion.request_id)],
+            completion.token_ids,
+            group_id=completion.request_id,
+            index=completion.index,
+            logprobs=completion.logprobs,
+            policy_versions=completion.policy_versions,
+            kernel_fingerprint=engine.kernel_fingerprint,
+        )
+        for completion in completions
+    ]
+    assert {tuple(sorted(set(rollout.policy_versions))) for rollout in rollouts} == {(0, 1)}
+    metrics = trainer.step(rollouts, advantages_of(rollouts))
+    assert 0 < metrics["mismatch/num_stale_tokens"] < metrics["mismatch/num_tokens"] == 12 * len(rollouts)
+    assert metrics["mismatch/logprob_abs_diff_max"] == 0.0
+    other_weights = trainer.policy.token_logprobs(pack(rollouts, advantages_of(rollouts)))
+    assert not torch.equal(other_weights, pack(rollouts, advantages_of(rollouts)).rollout_logprobs)  # a control
 
 
 def test_threads_and_fingerprint_are_recorded(start, engine):

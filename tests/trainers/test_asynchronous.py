@@ -1,0 +1,112 @@
+"""Runs whose engines draw while the trainer works: exact, bounded in age, and, one version behind, repeatable."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+from reward_functions import has_letter_e
+
+from rollout import EngineConfig
+from trainers import GRPOConfig, GRPOTrainer
+
+ROWS = [{"prompt": f"what is {a} + {b}? ", "answer": str(a + b)} for a in range(1, 7) for b in range(1, 4)]
+CONFIG = GRPOConfig(
+    num_steps=5,
+    num_prompts=3,
+    group_size=4,
+    max_tokens=12,
+    learning_rate=1e-2,
+    micro_batch_tokens=128,
+    num_threads=1,
+    num_iterations=2,
+    reward_processes=0,
+    seed=1,
+)
+
+
+@pytest.fixture(scope="module")
+def engine_config(tiny_model_dir) -> EngineConfig:
+    return EngineConfig(model=str(tiny_model_dir("llama")), num_threads=1)
+
+
+def run(engine_config: EngineConfig, reward=has_letter_e, **changes) -> SimpleNamespace:
+    """A run with what every step was drawn under."""
+    versions, ids = [], []
+
+    def look(metrics: dict[str, float]) -> None:
+        if trainer.batch is not None:
+            rollouts = [rollout for group in trainer.batch.groups for rollout in group]
+            versions.append({version for rollout in rollouts for version in rollout.policy_versions})
+            ids.append([group[0].group_id for group in trainer.batch.groups])
+
+    trainer = GRPOTrainer(dataclasses.replace(CONFIG, **changes), engine_config, ROWS, reward, callbacks=[look])
+    return SimpleNamespace(history=trainer.train(), versions=versions, ids=ids)
+
+
+def settled(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Without what depends on the clock."""
+    return [
+        {name: value for name, value in metrics.items() if not name.startswith(("timing_s/", "perf/", "weight_sync/"))}
+        for metrics in history
+    ]
+
+
+@pytest.mark.parametrize("lag", [1, 2])
+def test_a_lagged_run_is_exact_and_repeats_to_the_bit(local_ray, engine_config, lag):
+    first = run(engine_config, mode="lagged", max_staleness=lag)
+    assert first.versions == [{max(0, step - 1 - lag)} for step in range(1, 6)]
+    assert [metrics["staleness/mean"] for metrics in first.history[1:]] == [min(step, lag) for step in range(5)]
+    assert [metrics["mismatch/logprob_abs_diff_max"] for metrics in first.history[1:]] == [0.0] * 5
+    assert first.history[-1]["mismatch/num_stale_tokens"] == first.history[-1]["mismatch/num_tokens"] > 0
+    assert first.ids == [[f"step{step}-prompt{p}" for p in range(3)] for step in range(1, 6)]
+    if lag == 1:
+        second = run(engine_config, mode="lagged", max_staleness=lag, num_engines=2)
+        assert settled(second.history) == settled(first.history)
+
+
+@pytest.mark.parametrize("sync_mode", ["recompute", "wait"])
+def test_an_asynchronous_run_is_exact_version_by_version_and_never_too_old(local_ray, engine_config, sync_mode):
+    seen = run(engine_config, mode="async", max_staleness=2, sync_mode=sync_mode, max_tokens=60)
+    assert [metrics["mismatch/logprob_abs_diff_max"] for metrics in seen.history[1:]] == [0.0] * 5
+    assert all(metrics["staleness/max"] <= 2 for metrics in seen.history[1:])
+    assert all(min(versions) >= step - 1 - 2 for step, versions in enumerate(seen.versions, start=1))
+    assert max(metrics["staleness/max"] for metrics in seen.history[1:]) >= 1
+    assert sum(metrics["mismatch/num_stale_tokens"] for metrics in seen.history[1:]) > 0
+    drawn = [group_id for batch in seen.ids for group_id in batch]
+    assert len(set(drawn)) == len(drawn) == 15
+
+
+def test_groups_without_spread_are_replaced_while_that_is_allowed(local_ray, engine_config):
+    def first_three_prompts_are_alike(prompts, completions):
+        seen.setdefault(prompts[0], len(seen))
+        return [float(i == 0 and seen[prompts[0]] >= 3) for i in range(len(completions))]
+
+    seen: dict[str, int] = {}
+    config = {"num_steps": 1, "max_refills": 2}
+    metrics = run(engine_config, first_three_prompts_are_alike, **config).history[1]
+    assert metrics["reward/num_refills"] == 1
+    assert metrics["frac_reward_zero_std"] == 0.5
+    assert len(seen) == 6
+
+    alike = run(engine_config, lambda completions: [1.0] * len(completions), **config).history[1]
+    assert (alike["reward/num_refills"], alike["frac_reward_zero_std"], alike["policy_version"]) == (2, 1.0, 0)
+
+
+def test_batches_that_teach_nothing_do_not_stop_an_asynchronous_run(local_ray, engine_config):
+    """No version comes of them, so nothing but the trainer's word makes room for others."""
+    seen = run(engine_config, lambda completions: [1.0] * len(completions), mode="async", max_refills=2, num_steps=2)
+    assert [len(ids) for ids in seen.ids] == [9, 9]
+    assert seen.history[-1]["actor/num_skipped_steps"] == 2
+    lagged = run(engine_config, lambda completions: [1.0] * len(completions), mode="lagged", num_steps=4)
+    assert lagged.history[-1]["actor/num_skipped_steps"] == 4
+
+
+def test_settings_that_contradict_each_other_are_refused():
+    with pytest.raises(ValueError, match='max_refills=1 needs mode="sync" or "async"'):
+        GRPOConfig(max_refills=1, mode="lagged")
+    with pytest.raises(ValueError, match="mode='late' must be one of 'sync', 'lagged', 'async'"):
+        GRPOConfig(mode="late")
+    with pytest.raises(ValueError, match="max_staleness=0 must be at least 1"):
+        GRPOConfig(mode="async", max_staleness=0)

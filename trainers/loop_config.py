@@ -1,0 +1,120 @@
+"""LoopConfig: the settings that every training loop has, checked once when they are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rollout.buffer import OnStale
+from trainers.rollout_source import LoopMode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopConfig:
+    """What GRPO and PPO runs have in common; the model and the engine's settings are EngineConfig's."""
+
+    num_steps: int = 60
+    """Rollout batches to train on."""
+    num_prompts: int = 16
+    """Prompts of a batch."""
+    group_size: int = 8
+    """Samples of each prompt."""
+
+    mode: LoopMode = "sync"
+    """"sync" draws and trains in turns. "lagged" draws each batch wholly under the weights that are max_staleness
+    versions older, while the trainer works; such a run repeats to the bit. "async" draws all the time: samples go on
+    under new weights, and no token is more than max_staleness versions old."""
+    max_staleness: int = 1
+    """In the modes "lagged" and "async": how many versions a token lies behind, or may."""
+    on_stale: OnStale = "redraw"
+    """In the mode "async": what is too old all the same is drawn again, or dropped, and counted."""
+    sync_mode: Literal["recompute", "keep", "wait"] = "recompute"
+    """In the mode "async": what becomes of running samples when new weights come, see RolloutPool.sync_weights."""
+    check_stale_tokens: bool = True
+    """Compare the log-probabilities of older versions' tokens too, each under its version: costs a forward for each
+    version and a packed copy of its weights."""
+
+    temperature: float = 1.0
+    """Sampling temperature."""
+    max_tokens: int = 5
+    """Longest completion, in tokens."""
+    stop: tuple[str, ...] = ("\n",)
+    """Texts that end a completion; their tokens are trained."""
+
+    learning_rate: float = 3e-6
+    """AdamW's learning rate after warm-up."""
+    warmup_steps: int = 3
+    """Optimiser steps over which the learning rate rises linearly."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW's decay rates of the two moments."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: float = 1.0
+    """Longer gradients are shortened to this norm."""
+
+    reward_timeout: float = 30.0
+    """Seconds that a reward function may take over the samples of one prompt, and over each alone if that fails."""
+    reward_processes: int = 1
+    """Processes that run reward functions and can be killed; 0 runs them in the trainer's own."""
+
+    num_engines: int = 1
+    """Engine actors that generate."""
+    num_threads: int | None = None
+    """CPU threads of the trainer; None takes every core."""
+    micro_batch_tokens: int = 1024
+    """Rows of one training forward; bounds its memory."""
+    share_prompts: bool = True
+    """Compute a group's prompt once in the training forward."""
+    seed: int = 0
+    """Seed of the order of prompts and of every sample."""
+
+    eval_every: int = 10
+    """Steps between evaluations; the first is before the first step, the last after the last."""
+    num_eval_samples: int = 0
+    """Samples of each held-out prompt for eval/pass@1 and eval/pass@k; 0 measures the expected reward alone."""
+    right_reward: float = 1.0
+    """The least total reward of a sample that counts as right for pass@k."""
+    answer_template: str = " {answer}\n"
+    """The completion that counts as right where an evaluation row has no `right_completions` of its own."""
+
+    output_dir: str | None = None
+    """The trained weights are left in its folder `weights`, in Hugging Face format."""
+    journal_dir: str | None = None
+    """Where every group and every switch of weights is written down, for `python -m rollout.replay`."""
+    keep_weights_every: int | None = None
+    """Versions that it divides are kept in the journal's directory, to be drawn from again; None keeps none."""
+    keep_last: int | None = None
+    """Of the versions kept, only so many of the latest stay; None is all."""
+
+    def __post_init__(self) -> None:
+        positive = ("num_prompts", "group_size", "max_tokens", "num_engines", "micro_batch_tokens", "max_staleness")
+        for name in positive:
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        not_negative = ("num_steps", "warmup_steps", "eval_every", "weight_decay", "num_eval_samples")
+        for name in (*not_negative, "reward_processes"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        for name in ("learning_rate", "max_grad_norm", "reward_timeout"):
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
+        require_known("mode", self.mode, ("sync", "lagged", "async"))
+        require_known("on_stale", self.on_stale, ("drop", "redraw"))
+        require_known("sync_mode", self.sync_mode, ("recompute", "keep", "wait"))
+        require(self.temperature > 0, f"temperature={self.temperature} must be above 0: greedy samples are all alike")
+        if self.journal_dir is None:
+            for name in ("keep_weights_every", "keep_last"):
+                require(getattr(self, name) is None, f"{name}={getattr(self, name)} needs a journal_dir")
+        threads = self.num_threads
+        require(threads is None or threads >= 1, f"num_threads={threads} must be at least 1, or None for every core")
+
+    @property
+    def max_lag(self) -> int:
+        """Versions that a token may lie behind the trainer's."""
+        return 0 if self.mode == "sync" else self.max_staleness
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def require_known(name: str, value: str, known: tuple[str, ...]) -> None:
+    require(value in known, f"{name}={value!r} must be one of {', '.join(map(repr, known))}")

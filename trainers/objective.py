@@ -1,0 +1,151 @@
+"""Objective: what a GRPOConfig says the loss of a batch is, from what its tokens are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from trainers.advantages import whiten
+from trainers.batch import PackedBatch
+from trainers.corrections import correction_weights, effective_sample_size
+from trainers.gae import discounted_returns
+from trainers.grpo_config import GRPOConfig
+from trainers.losses import LossOutput, add_losses, entropy_loss, kl_estimate, kl_loss, policy_loss, token_weights
+from trainers.penalties import token_rewards
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """What the tokens of one micro-batch are held against, fixed before the first update on its batch."""
+
+    advantages: torch.Tensor  # [C] float32
+    old_logprobs: torch.Tensor  # [C] float32, of the proximal policy: the ratio's denominator
+    reference_logprobs: torch.Tensor | None  # [C] float32, where the loss holds a KL
+    correction: torch.Tensor | None  # [C] float32 for tokens of another policy than the proximal; None on policy
+
+
+def make_targets(
+    config: GRPOConfig,
+    batches: Sequence[PackedBatch],
+    *,
+    proximal_logprobs: Sequence[torch.Tensor] | None = None,
+    reference_logprobs: Sequence[torch.Tensor] | None = None,
+) -> tuple[list[Targets], dict[str, float]]:
+    """The targets of each micro-batch of one batch, and the batch's metrics about them.
+
+    proximal_logprobs: [C] for each micro-batch, of the policy before its first update; None on policy, where the
+    rollouts' own are those, bit for bit. reference_logprobs: [C] for each, where config.kl_coef is above 0.
+    """
+    old_logprobs = proximal_logprobs or [batch.rollout_logprobs for batch in batches]
+    corrections, metrics = _corrections(config, batches, proximal_logprobs)
+    advantages = [batch.advantages for batch in batches]
+    if config.kl_in == "reward" and reference_logprobs is not None:
+        advantages, penalty = _with_kl_penalty(config, batches, reference_logprobs)
+        metrics["actor/reward_kl_penalty"] = penalty
+        reference_logprobs = None
+    if config.whiten_advantages and batches:
+        masks = torch.cat([batch.loss_mask for batch in batches])
+        advantages = whiten(torch.cat(advantages), masks).split([batch.num_targets for batch in batches])
+    references = reference_logprobs or [None] * len(batches)
+    columns = zip(advantages, old_logprobs, references, corrections, strict=True)
+    return [
+        Targets(advantages=a, old_logprobs=old, reference_logprobs=reference, correction=correction)
+        for a, old, reference, correction in columns
+    ], metrics
+
+
+def batch_loss(
+    config: GRPOConfig,
+    logprobs: torch.Tensor,
+    batch: PackedBatch,
+    targets: Targets,
+    *,
+    num_tokens: int,
+    num_samples: int,
+) -> LossOutput:
+    """One micro-batch's share of the loss: the policy term, and KL and entropy where the config weighs them.
+
+    logprobs: [C] float32, of the current policy, with gradient. num_tokens, num_samples: of the whole batch.
+    """
+    weights = token_weights(
+        batch.loss_mask,
+        config.loss_aggregation,
+        num_tokens=num_tokens,
+        num_samples=num_samples,
+        sample_index=batch.sample_index,
+        max_tokens=config.max_tokens,
+    )
+    loss = policy_loss(
+        logprobs,
+        targets.old_logprobs,
+        targets.advantages,
+        batch.loss_mask,
+        num_tokens=num_tokens,
+        weights=weights,
+        correction=targets.correction,
+        objective=config.objective,
+        ratio_level=config.ratio_level,
+        sample_index=batch.sample_index,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        dual_clip=config.dual_clip,
+    )
+    if targets.reference_logprobs is not None:
+        kl = kl_loss(
+            logprobs,
+            targets.reference_logprobs,
+            batch.loss_mask,
+            num_tokens=num_tokens,
+            kl_coef=config.kl_coef,
+            weights=weights,
+            estimator=config.kl_estimator,
+        )
+        loss = add_losses(loss, kl)
+    if config.entropy_coef:
+        bonus = entropy_loss(logprobs, targets.old_logprobs, weights=weights, entropy_coef=config.entropy_coef)
+        loss = add_losses(loss, LossOutput(loss=bonus, metrics={}))
+    return loss
+
+
+def _corrections(
+    config: GRPOConfig, batches: Sequence[PackedBatch], proximal_logprobs: Sequence[torch.Tensor] | None
+) -> tuple[Sequence[torch.Tensor | None], dict[str, float]]:
+    if proximal_logprobs is None or config.correction == "none" or not batches:
+        return [None] * len(batches), {}
+    weights = [
+        correction_weights(
+            proximal,
+            batch.rollout_logprobs,
+            batch.loss_mask,
+            batch.sample_index,
+            correction=config.correction,
+            low=config.correction_low,
+            high=config.correction_high,
+        )
+        for proximal, batch in zip(proximal_logprobs, batches, strict=True)
+    ]
+    joined, mask = torch.cat(weights), torch.cat([batch.loss_mask for batch in batches])
+    return weights, {
+        "correction/weight_mean": ((joined * mask).sum() / mask.sum()).item(),
+        "correction/effective_sample_size": effective_sample_size(joined, mask),
+    }
+
+
+def _with_kl_penalty(
+    config: GRPOConfig, batches: Sequence[PackedBatch], reference_logprobs: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], float]:
+    """Advantages less the KL that each token and those after it cost, and the mean KL of a token.
+
+    The KL is that of the policy that drew the tokens (arXiv 2501.03262 eq. 8-9). A baseline of the group is already in
+    the advantages; what a token cost before it was drawn is no part of its credit, so the KL needs none.
+    """
+    advantages, total, count = [], 0.0, 0.0
+    for batch, reference in zip(batches, reference_logprobs, strict=True):
+        kl = kl_estimate(batch.rollout_logprobs, reference, config.kl_estimator)
+        rewards = token_rewards(batch.advantages, kl, batch.sample_index, kl_coef=config.kl_coef)
+        advantages.append(discounted_returns(rewards, batch.sample_index))
+        total += (kl * batch.loss_mask).sum().item()
+        count += batch.loss_mask.sum().item()
+    return advantages, total / max(1.0, count)
