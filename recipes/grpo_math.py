@@ -97,8 +97,9 @@ def print_dry_run(options: Options) -> None:
 
 def say_what_happens(options: Options, path: Path) -> None:
     """The run's first line, printed before anything takes time."""
+    algorithm = (options.algorithm or "grpo").upper().replace("_", "-")
     print(
-        f"Lockstep: GRPO on {options.dataset} with {options.model}, {options.num_steps} steps of "
+        f"Lockstep: {algorithm} on {options.dataset} with {options.model}, {options.num_steps} steps of "
         f"{options.sampling.num_prompts} prompts x {options.sampling.group_size} samples; files go to {path}",
         flush=True,
     )

@@ -8,10 +8,22 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 import yaml
+
+from trainers.algorithms import AlgorithmName, algorithm
+from trainers.choices import (
+    AdvantageBaseline,
+    AdvantageScale,
+    Aggregation,
+    Correction,
+    KLEstimator,
+    KLPlace,
+    Objective,
+    RatioLevel,
+)
 
 from .data import NUM_HELD_OUT_SUMS, SUMS
 from .display import DisplayMode
@@ -70,18 +82,42 @@ class TrainingOptions:
     """Longer gradients are shortened to this norm."""
     num_iterations: int = 1
     """Optimiser steps on each step's rollouts."""
+    objective: Objective = "clip"
+    """PPO's clipped surrogate, CISPO's clipped weights, or plain REINFORCE."""
+    ratio_level: RatioLevel = "token"
+    """The probability ratio of a token, the geometric mean over its sample (GSPO), or the sample's product (RLOO)."""
     clip_low: float = 0.2
     """The probability ratio counts no further down than 1 - clip_low."""
     clip_high: float = 0.2
     """The probability ratio counts no further up than 1 + clip_high (DAPO: 0.28)."""
+    dual_clip: float | None = None
+    """Where the advantage is negative, the ratio counts no further up than this; 3 is usual. None leaves it free."""
+    loss_aggregation: Aggregation = "token-mean"
+    """How tokens make up the loss: the mean of all, or over samples the mean of their sum, mean or sum / max_tokens."""
+    entropy_coef: float = 0.0
+    """Weight of a bonus for entropy, estimated from the sampled tokens."""
     kl_coef: float = 0.0
-    """Weight of the KL to the model that the run began with; above 0 a copy of it stays in memory."""
-    loss_aggregation: Literal["token-mean", "seq-mean-token-sum-norm"] = "token-mean"
-    """Mean over all trained tokens of the step, or sum over samples times max_tokens (Dr. GRPO)."""
-    advantage_scale: Literal["std", "none"] = "std"
-    """Divide advantages by the standard deviation of the group's rewards, or not (Dr. GRPO)."""
-    advantage_baseline: Literal["mean", "leave_one_out"] = "mean"
-    """Compare a sample with the mean of its group, or of its siblings alone (RLOO)."""
+    """Weight of the KL to a reference, the model that the run began with; above 0 a copy of it stays in memory."""
+    kl_estimator: KLEstimator = "k3"
+    """Estimator of that KL."""
+    kl_in: KLPlace = "loss"
+    """The KL is a term of the loss, or a penalty in the reward of each token."""
+    reference_update_every: int = 0
+    """Optimiser steps after which the reference follows the model; 0 leaves it as it began."""
+    reference_mixup: float = 0.6
+    """The model's share in the reference that follows it; 1 replaces it."""
+    advantage_scale: AdvantageScale = "std"
+    """Divide advantages by the deviation of the group's rewards, of all the step's, or not at all (Dr. GRPO)."""
+    advantage_baseline: AdvantageBaseline = "mean"
+    """Compare a sample with the mean of its group, of its siblings alone (RLOO), or with nothing (REINFORCE++)."""
+    whiten_advantages: bool = False
+    """Shift and scale the advantages of the step's tokens to mean 0 and deviation 1 (REINFORCE++)."""
+    correction: Correction = "token-truncate"
+    """How tokens that an older version of the model drew are weighed; on policy there is nothing to correct."""
+    correction_low: float = 0.0
+    """Lower bound of the ratio between the two in that correction."""
+    correction_high: float = 2.0
+    """Upper bound of the ratio between the two in that correction."""
     skip_zero_std_groups: bool = True
     """Leave groups whose rewards are all equal out of the training forward; they teach nothing."""
     check_all_groups: bool = True
@@ -155,6 +191,8 @@ class Options:
     """Processes that judge completions; 0 judges them in the main process, where nothing can be ended."""
     shuffle_rewards: bool = False
     """A control: deal each step's rewards out to its samples at random. Such a run must not learn."""
+    algorithm: AlgorithmName | None = None
+    """A published algorithm, which sets the defaults of the options that make it up; those you give win."""
     num_steps: int = 60
     """Steps to train: each draws samples, scores them, updates the model and hands its weights to the engines."""
     seed: int = 0
@@ -200,15 +238,17 @@ class Options:
 
 
 def parse_options(arguments: Sequence[str]) -> Options:
-    """Options from the command line over those from --config's file over the defaults.
+    """Options from the command line over those from --config's file over the algorithm's over the defaults.
 
     A mistake on the command line ends the program with usage and exit code 2, as usual; one in the file raises
     ValueError.
     """
-    defaults = Options()
-    config_file = _config_file(arguments)
+    config_file = _last_value(arguments, "--config")
+    values = {} if config_file is None else read_config(Path(config_file))
+    name = _last_value(arguments, "--algorithm") or values.get("algorithm")
+    defaults = _with_algorithm(name) if name in get_args(AlgorithmName) else Options()  # the parser names what is wrong
     if config_file is not None:
-        defaults = _parse_file(config_file, defaults)
+        defaults = _parse_file(Path(config_file), values, defaults)
     return _parse(arguments, defaults)
 
 
@@ -236,9 +276,14 @@ def _flat_group(group: Any) -> dict[str, Any]:
     return {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
 
 
-def _parse_file(path: Path, defaults: Options) -> Options:
+def _with_algorithm(name: str) -> Options:
+    """The defaults under a published algorithm."""
+    training = dataclasses.replace(TrainingOptions(), **algorithm(name).settings)
+    return Options(algorithm=name, training=training)
+
+
+def _parse_file(path: Path, values: Mapping[str, Any], defaults: Options) -> Options:
     """The file's values go through the parser of the command line, so that both are checked alike."""
-    values = read_config(path)
     try:
         return _parse(_as_arguments(values), defaults, is_quiet=True)
     except SystemExit:
@@ -269,14 +314,14 @@ def _parse(arguments: Sequence[str], defaults: Options, is_quiet: bool = False) 
     )
 
 
-def _config_file(arguments: Sequence[str]) -> Path | None:
-    """The value of --config, which must be known before the rest is parsed; of several the last counts."""
+def _last_value(arguments: Sequence[str], option: str) -> str | None:
+    """The value of an option that must be known before the rest is parsed; of several the last counts."""
     found = None
     for index, argument in enumerate(arguments):
-        if argument == "--config" and index + 1 < len(arguments):
-            found = Path(arguments[index + 1])
-        elif argument.startswith("--config="):
-            found = Path(argument.removeprefix("--config="))
+        if argument == option and index + 1 < len(arguments):
+            found = arguments[index + 1]
+        elif argument.startswith(f"{option}="):
+            found = argument.removeprefix(f"{option}=")
     return found
 
 
