@@ -233,6 +233,7 @@ class Charts {
     this.whole = steps.length ? [Math.min(...steps), Math.max(...steps)] : [0, 0];
     this.domain = this.whole;
     this.cursor = null;
+    this.stride = data.stride;
     this.list = [];
     for (const group of data.charts) {
       const charts = group.charts.map((spec) => new Chart(spec, data.curves, data.stride, this));
@@ -263,13 +264,20 @@ class Charts {
     this.setCursor(this.cursor);
   }
 
+  // The step, or those that the points there sum up.
+  stepsAt(step) {
+    const first = step - (step % this.stride);
+    const last = Math.min(first + this.stride - 1, this.whole[1]);
+    return first < last ? `Steps ${first.toLocaleString("en")}–${last.toLocaleString("en")}` : `Step ${step.toLocaleString("en")}`;
+  }
+
   // `reader` is the chart whose values are said aloud, where a key moved the cursor.
   setCursor(step, reader = null) {
     this.cursor = step;
     for (const chart of this.list) {
       const texts = chart.read(step);
-      if (chart === reader) byId("cursor").textContent = `Step ${step}: ${texts.join(", ")}`;
+      if (chart === reader) byId("cursor").textContent = `${this.stepsAt(step)}: ${texts.join(", ")}`;
     }
-    if (reader === null) byId("cursor").textContent = step === null ? "" : `Step ${step.toLocaleString("en")}`;
+    if (reader === null) byId("cursor").textContent = step === null ? "" : this.stepsAt(step);
   }
 }

@@ -37,7 +37,7 @@ GROUPS: dict[str, tuple[Chart, ...]] = {
     ),
     "Lockstep": (
         Chart(
-            "Mismatch of rollout and trainer",
+            "Mismatch",
             {"mismatch/logprob_abs_diff_max": "largest", "mismatch/logprob_abs_diff_mean": "mean"},
             "difference of log-probability",
             zero="exactly 0.0 at every step",

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from recipes.report.__main__ import main
 from recipes.report.charts import OTHER, groups_of
 from recipes.report.curves import Curves
 from recipes.report.embed import as_embedded_json
+from recipes.report.page import SCRIPTS, STYLE, TEMPLATE
 from recipes.report.samples import MAX_SAMPLE_TOKENS, Samples
 from recipes.report.summary import duration
 from tests.recipes.report_runs import ENVIRONMENT, METRICS, record, step_records, write_run
@@ -251,6 +253,16 @@ def test_the_command_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureF
         (tmp_path / "run" / "metrics.jsonl").write_text(f'{{"step": 0}}\n{line}\n')
         assert main([str(tmp_path / "run")]) == 2
         assert complaint in capsys.readouterr().err
+
+
+def test_the_parts_of_the_page_are_packaged():
+    root = Path(__file__).parents[2]
+    patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
+        "recipes.report"
+    ]
+    parts = [path for path in (root / "recipes" / "report").iterdir() if path.is_file() and path.suffix != ".py"]
+    assert {TEMPLATE, STYLE, *SCRIPTS} == {path.name for path in parts}
+    assert all(any(path.match(pattern) for pattern in patterns) for path in parts)
 
 
 def test_durations_read_well():
