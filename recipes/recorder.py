@@ -37,7 +37,7 @@ class Recorder:
         self.run, self.display, self.num_logged_groups = run, display, num_logged_groups
         self.token_texts, self.tracker = token_texts, tracker
         self.progress = display.progress
-        self.report = Report(run.path)
+        self.report = Report.read(run.path)
 
     def record(self, metrics: Mapping[str, float], batch: Batch | None, environment: Mapping[str, Any]) -> None:
         """One step; step 0 is the untrained model's and has no batch. environment: facts of engine and trainer."""
@@ -71,7 +71,7 @@ class Recorder:
         lines = [f"expected reward {expected[0]:.3f} -> {expected[-1]:.3f}"] if expected else []
         if mismatch:
             lines.append(f"largest difference of log-probabilities {max(mismatch)}, over {num_tokens:,.0f} tokens")
-        return [*lines, f"files in {self.progress.output_dir}"]
+        return [*lines, f"files in {self.progress.output_dir}; report.html there shows curves and rollouts"]
 
     def _record_rollouts(self, step: int, batch: Batch) -> list[dict[str, Any]]:
         """Writes and shows samples of the step; returns the records written."""

@@ -8,8 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from recipes.exits import exit_code, user_errors
-
+from ..exits import exit_code, user_errors
 from .report import from_files
 
 

@@ -72,7 +72,7 @@ class Chart {
     this.stride = stride;
     this.series = spec.series.map((series) => ({ ...series, points: pointsOf(curves[series.name]), missing: curves[series.name].missing || 0 }));
     if (spec.kind === "stack") this.stack();
-    this.plot = element("div", { class: "plot", tabindex: "0", role: "img", "aria-label": this.description() });
+    this.plot = element("div", { class: "plot", tabindex: "0", role: "slider", "aria-label": this.description() });
     this.values = this.series.map(() => element("span", { class: "figure" }));
     const missing = this.series.reduce((sum, series) => sum + series.missing, 0);
     this.card = element(
@@ -190,6 +190,12 @@ class Chart {
     });
   }
 
+  // What a screen reader says of the cursor, which is a slider to it.
+  say(step, text, [low, high]) {
+    const values = { "aria-valuemin": low, "aria-valuemax": high, "aria-valuenow": step, "aria-valuetext": text };
+    for (const [name, value] of Object.entries(values)) this.plot.setAttribute(name, value);
+  }
+
   reading(point, step) {
     const isSpread = point.count > 1 && this.spec.kind !== "stack" && point.low !== point.high;
     const range = isSpread ? ` (${figure(point.low)} to ${figure(point.high)})` : "";
@@ -223,7 +229,7 @@ class Chart {
     if (event.key === "Escape") this.charts.setCursor(null);
     if (step === undefined) return;
     event.preventDefault();
-    this.charts.setCursor(Math.min(high, Math.max(low, step)), this);
+    this.charts.setCursor(Math.min(high, Math.max(low, step)));
   }
 }
 
@@ -271,13 +277,12 @@ class Charts {
     return first < last ? `Steps ${first.toLocaleString("en")}–${last.toLocaleString("en")}` : `Step ${step.toLocaleString("en")}`;
   }
 
-  // `reader` is the chart whose values are said aloud, where a key moved the cursor.
-  setCursor(step, reader = null) {
+  setCursor(step) {
     this.cursor = step;
     for (const chart of this.list) {
       const texts = chart.read(step);
-      if (chart === reader) byId("cursor").textContent = `${this.stepsAt(step)}: ${texts.join(", ")}`;
+      chart.say(step ?? this.domain[1], `${this.stepsAt(step ?? this.domain[1])}: ${texts.join(", ")}`, this.domain);
     }
-    if (reader === null) byId("cursor").textContent = step === null ? "" : this.stepsAt(step);
+    byId("cursor").textContent = step === null ? "" : this.stepsAt(step);
   }
 }

@@ -11,8 +11,7 @@ from typing import Any
 
 import yaml
 
-from recipes.run_directory import CONFIG, ENVIRONMENT, METRICS, REPORT, ROLLOUTS
-
+from ..run_directory import CONFIG, ENVIRONMENT, METRICS, REPORT, ROLLOUTS
 from .charts import groups_of
 from .curves import Curves
 from .page import Page, render
@@ -33,6 +32,19 @@ class Report:
         self.directory, self.clock = directory, clock
         self.curves, self.samples = Curves(), Samples()
         self._write_again_at = float("-inf")
+
+    @classmethod
+    def read(cls, directory: Path) -> Report:
+        """The report of what a run's files hold so far, to write it or to go on with it; of no files it is empty.
+
+        Raises ValueError where a line is not as a run writes it; a last line that is still being written is left out.
+        """
+        report = cls(directory)
+        for metrics in _read_lines(directory / METRICS):
+            report.curves.add(metrics)
+        for _, records in groupby(_read_lines(directory / ROLLOUTS), key=lambda record: record["step"]):
+            report.samples.add(list(records))
+        return report
 
     @property
     def path(self) -> Path:
@@ -75,19 +87,10 @@ class Report:
 
 
 def from_files(directory: Path) -> Path:
-    """Makes the page of a run from its files; returns its path.
-
-    Raises ValueError where there is no run, or a line of its files is not as a run writes it; a last line that is still
-    being written is left out.
-    """
+    """Makes the page of a run from its files; returns its path. ValueError where there is no run: see Report.read."""
     if not (directory / METRICS).is_file():
         raise ValueError(f"{str(directory)!r} holds no run: it has no {METRICS}; name the --output-dir of one")
-    report = Report(directory)
-    for metrics in _read_lines(directory / METRICS):
-        report.curves.add(metrics)
-    for _, records in groupby(_read_lines(directory / ROLLOUTS), key=lambda record: record["step"]):
-        report.samples.add(list(records))
-    return report.write()
+    return Report.read(directory).write()
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -4,7 +4,7 @@ class Tokens {
   constructor(sample, largestAdvantage) {
     Object.assign(this, { sample, largestAdvantage, place: null });
     this.spans = sample.ids.map((_, i) => element("span", { class: "token", "data-token": i }, ...this.content(i)));
-    this.container = element("div", { class: sample.texts ? "tokens" : "tokens ids", tabindex: "0", role: "group", "aria-label": `Completion, ${sample.num_tokens} tokens; arrow keys read them` }, ...this.spans);
+    this.container = element("div", { class: sample.texts ? "tokens" : "tokens ids", tabindex: "0", role: "application", "aria-label": `Completion, ${sample.num_tokens} tokens; arrow keys read them` }, ...this.spans);
     this.readout = element("output", { class: "readout", "aria-live": "polite" });
     this.legend = element("div", { class: "scale" });
     this.read(null);

@@ -72,7 +72,7 @@ def test_steps_are_written_shown_and_summed_up(tmp_path: Path):
     assert kept.summary() == [
         "expected reward 0.285 -> 0.700",
         "largest difference of log-probabilities 0.0, over 1,234 tokens",
-        f"files in {tmp_path}",
+        f"files in {tmp_path}; report.html there shows curves and rollouts",
     ]
 
 

@@ -104,6 +104,18 @@ def test_a_page_made_step_by_step_equals_one_made_of_the_files(tmp_path: Path):
     assert not list(tmp_path.glob("*.partial*"))
 
 
+def test_a_report_that_is_taken_up_again_has_what_went_before(tmp_path: Path):
+    whole = from_files(write_run(tmp_path / "whole")).read_text()
+    run = write_run(tmp_path / "run", METRICS[:3], [*step_records(1), *step_records(2)])
+    report = Report.read(run)
+    for step in (3, 4):
+        report.add(METRICS[step], step_records(step))
+    curves, steps = page_data(report.write())
+    assert (curves, steps) == page_data(tmp_path / "whole" / "report.html")
+    assert len(report.path.read_text()) == len(whole)
+    assert not Report.read(tmp_path / "nothing").samples.steps
+
+
 def test_writing_takes_a_small_part_of_a_runs_time(tmp_path: Path):
     now = 0.0
 

@@ -151,7 +151,9 @@ def test_a_chart_is_read_by_keyboard(open_page: Open, report: Path):
     page.locator(".plot").first.focus()
     for key, words in (("Home", "Step 0"), ("ArrowRight", "Step 1"), ("End", "Step 4"), ("ArrowLeft", "Step 3")):
         page.keyboard.press(key)
-        assert page.text_content("#cursor").startswith(f"{words}: mean of the step's samples")
+        assert page.text_content("#cursor") == words
+        said = page.locator(".plot").first.get_attribute("aria-valuetext")
+        assert said.startswith(f"{words}: mean of the step's samples")
     page.keyboard.press("Escape")
     assert page.text_content("#cursor") == ""
 
