@@ -39,12 +39,9 @@ function shown(text) {
 }
 
 function markOf(character) {
-  const code = character.codePointAt(0);
   if (character === "\n") return "↵";
   if (character === "\t") return "⇥";
-  if (code < 0x20) return String.fromCodePoint(0x2400 + code); // ␀ and its like
-  if (code === 0x7f) return "␡";
-  return `U+${code.toString(16).toUpperCase().padStart(4, "0")}`;
+  return `U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
 }
 
 // A text in one line, with no more than `length` characters.
