@@ -31,6 +31,8 @@ from .options import Options, parse_options
 from .recorder import Recorder
 from .rewards import RewardFunction, make_reward
 from .run_directory import RunDirectory, default_path
+from .token_texts import TokenTexts
+from .trackers import Tracker, require_package
 
 if TYPE_CHECKING:
     from engine import EngineConfig
@@ -53,6 +55,7 @@ def train(options: Options) -> None:
     say_what_happens(options, path)
 
     with user_errors():
+        require_package(options.output.tracker)
         problems = load(options)
         reward = make_reward(options.reward, options.dataset, problems.train_rows)
         held_out_rows = with_right_completions(problems.held_out_rows, reward, options)
@@ -64,7 +67,8 @@ def train(options: Options) -> None:
     from trainers import GRPOTrainer
 
     display = make_run_display(options, path, len(held_out_rows))
-    recorder = Recorder(run, display, options.output.num_logged_groups)
+    tracker = Tracker(options.output.tracker, path, options.flat())
+    recorder = Recorder(run, display, options.output.num_logged_groups, TokenTexts(options.model), tracker)
 
     def on_step(metrics: dict[str, float]) -> None:
         recorder.record(metrics, trainer.batch, trainer.environment)

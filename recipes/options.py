@@ -28,6 +28,7 @@ from trainers.choices import (
 from .data import NUM_HELD_OUT_SUMS, SUMS
 from .display import DisplayMode
 from .rewards import RewardName
+from .trackers import TrackerName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +169,8 @@ class OutputOptions:
     """With --journal: keep the weights of the versions that this divides, to draw from them again. None keeps none."""
     keep_last: int | None = None
     """With --journal: of the versions kept, only so many of the latest stay. None is all."""
+    tracker: TrackerName = "none"
+    """Log the metrics to TensorBoard (under OUTPUT_DIR/trackers) or W&B as well; its package must be installed."""
     display: DisplayMode = "auto"
     """A live panel, plain lines, or whichever suits the terminal."""
 

@@ -207,7 +207,7 @@ def test_options_name_the_trainers_and_the_engines_fields():
     assert of_neither == {
         "algorithm", "dataset", "reward", "dry_run", "config", "dataset_subset", "dataset_split", "prompt_column",
         "answer_column", "chat", "system_prompt", "num_held_out", "overwrite", "num_logged_groups", "save_weights",
-        "journal", "display",
+        "journal", "display", "tracker",
     }  # fmt: skip
 
 
