@@ -25,7 +25,7 @@ def classes() -> tuple[type, type]:
     return GRPOConfig, GRPOTrainer
 
 
-RECIPE = Recipe(title="GRPO", options_class=GRPOOptions, classes=classes)
+RECIPE = Recipe(options_class=GRPOOptions, classes=classes)
 
 
 if __name__ == "__main__":

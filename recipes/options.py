@@ -8,14 +8,27 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import tyro
 import yaml
 
+from trainers.algorithms import AlgorithmName, algorithm
+from trainers.choices import (
+    AdvantageBaseline,
+    AdvantageScale,
+    Aggregation,
+    Correction,
+    KLEstimator,
+    KLPlace,
+    Objective,
+    RatioLevel,
+)
+
 from .data import NUM_HELD_OUT_SUMS, SUMS
 from .display import DisplayMode
 from .rewards import RewardName
+from .trackers import TrackerName
 
 AnyOptions = TypeVar("AnyOptions", bound="Options")
 
@@ -70,14 +83,38 @@ class TrainingOptions:
     """AdamW's weight decay."""
     max_grad_norm: float = 1.0
     """Longer gradients are shortened to this norm."""
+    objective: Objective = "clip"
+    """PPO's clipped surrogate, CISPO's clipped weights, or plain REINFORCE."""
+    ratio_level: RatioLevel = "token"
+    """The probability ratio of a token, the geometric mean over its sample (GSPO), or the sample's product (RLOO)."""
     clip_low: float = 0.2
     """The probability ratio counts no further down than 1 - clip_low."""
     clip_high: float = 0.2
     """The probability ratio counts no further up than 1 + clip_high (DAPO: 0.28)."""
+    dual_clip: float | None = None
+    """Where the advantage is negative, the ratio counts no further up than this; 3 is usual. None leaves it free."""
+    loss_aggregation: Aggregation = "token-mean"
+    """How tokens make up the loss: the mean of all, or over samples the mean of their sum, mean or sum / max_tokens."""
+    entropy_coef: float = 0.0
+    """Weight of a bonus for entropy, estimated from the sampled tokens."""
     kl_coef: float = 0.0
-    """Weight of the KL to the model that the run began with; above 0 a copy of it stays in memory."""
-    loss_aggregation: Literal["token-mean", "seq-mean-token-sum-norm"] = "token-mean"
-    """Mean over all trained tokens of the step, or sum over samples times max_tokens (Dr. GRPO)."""
+    """Weight of the KL to a reference, the model that the run began with; above 0 a copy of it stays in memory."""
+    kl_estimator: KLEstimator = "k3"
+    """Estimator of that KL."""
+    kl_in: KLPlace = "loss"
+    """The KL is a term of the loss, or a penalty in the reward of each token."""
+    reference_update_every: int = 0
+    """Optimiser steps after which the reference follows the model; 0 leaves it as it began."""
+    reference_mixup: float = 0.6
+    """The model's share in the reference that follows it; 1 replaces it."""
+    whiten_advantages: bool = False
+    """Shift and scale the advantages of the step's tokens to mean 0 and deviation 1 (REINFORCE++)."""
+    correction: Correction = "token-truncate"
+    """How tokens that an older version of the model drew are weighed; on policy there is nothing to correct."""
+    correction_low: float = 0.0
+    """Lower bound of the ratio between the two in that correction."""
+    correction_high: float = 2.0
+    """Upper bound of the ratio between the two in that correction."""
     check_all_groups: bool = True
     """Measure the mismatch on every sample, at the cost of a forward for those that the first update does not see."""
     micro_batch_tokens: int = 1024
@@ -92,10 +129,10 @@ class GRPOTrainingOptions(TrainingOptions):
 
     num_iterations: int = 1
     """Optimiser steps on each step's rollouts."""
-    advantage_scale: Literal["std", "none"] = "std"
-    """Divide advantages by the standard deviation of the group's rewards, or not (Dr. GRPO)."""
-    advantage_baseline: Literal["mean", "leave_one_out"] = "mean"
-    """Compare a sample with the mean of its group, or of its siblings alone (RLOO)."""
+    advantage_scale: AdvantageScale = "std"
+    """Divide advantages by the deviation of the group's rewards, of all the step's, or not at all (Dr. GRPO)."""
+    advantage_baseline: AdvantageBaseline = "mean"
+    """Compare a sample with the mean of its group, of its siblings alone (RLOO), or with nothing (REINFORCE++)."""
     skip_zero_std_groups: bool = True
     """Leave groups whose rewards are all equal out of the training forward; they teach nothing."""
 
@@ -140,13 +177,15 @@ class OutputOptions:
     """With --journal: keep the weights of the versions that this divides, to draw from them again. None keeps none."""
     keep_last: int | None = None
     """With --journal: of the versions kept, only so many of the latest stay. None is all."""
+    tracker: TrackerName = "none"
+    """Log the metrics to TensorBoard (under OUTPUT_DIR/trackers) or W&B as well; its package must be installed."""
     display: DisplayMode = "auto"
     """A live panel, plain lines, or whichever suits the terminal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What every recipe can be told; each has its own training options and a description of itself."""
+    """What every recipe can be told; each adds its own training options and a description of itself."""
 
     PROGRAM: ClassVar[str]
 
@@ -186,6 +225,11 @@ class Options:
             raise ValueError(f"num_logged_groups={self.output.num_logged_groups} must not be negative")
 
     @property
+    def title(self) -> str:
+        """The algorithm's name."""
+        raise NotImplementedError
+
+    @property
     def max_tokens(self) -> int:
         if self.sampling.max_tokens is None:
             return 5 if self.dataset == SUMS else 256
@@ -196,6 +240,11 @@ class Options:
         if self.sampling.stop is None:
             return ("\n",) if self.dataset == SUMS else ()
         return tuple(text.replace("\\n", "\n") for text in self.sampling.stop)
+
+    @classmethod
+    def defaults(cls: type[AnyOptions], algorithm_name: str | None) -> AnyOptions:
+        """Those under a published algorithm, where the recipe knows any."""
+        return cls()
 
     def flat(self) -> dict[str, Any]:
         """Every option by its name, without the groups; `max_tokens` and `stop` as they were settled."""
@@ -215,23 +264,37 @@ class GRPOOptions(Options):
 
     PROGRAM: ClassVar[str] = "python -m recipes.grpo_math"
 
+    algorithm: AlgorithmName | None = None
+    """A published algorithm, which sets the defaults of the options that make it up; those you give win."""
     training: GRPOTrainingOptions = GRPOTrainingOptions()
+
+    @property
+    def title(self) -> str:
+        return (self.algorithm or "grpo").upper().replace("_", "-")
+
+    @classmethod
+    def defaults(cls, algorithm_name: str | None) -> GRPOOptions:
+        if algorithm_name not in get_args(AlgorithmName):  # the parser names what is wrong
+            return cls()
+        training = dataclasses.replace(GRPOTrainingOptions(), **algorithm(algorithm_name).settings)
+        return cls(algorithm=algorithm_name, training=training)
 
 
 def parse_options(arguments: Sequence[str], options_class: type[AnyOptions] = GRPOOptions) -> AnyOptions:
-    """Options from the command line over those from --config's file over the defaults.
+    """Options from the command line over those from --config's file over the algorithm's over the defaults.
 
     A mistake on the command line ends the program with usage and exit code 2, as usual; one in the file raises
     ValueError.
     """
-    defaults = options_class()
-    config_file = _config_file(arguments)
+    config_file = _last_value(arguments, "--config")
+    values = {} if config_file is None else read_config(Path(config_file), options_class)
+    defaults = options_class.defaults(_last_value(arguments, "--algorithm") or values.get("algorithm"))
     if config_file is not None:
-        defaults = _parse_file(config_file, defaults)
+        defaults = _parse_file(Path(config_file), values, defaults)
     return _parse(arguments, defaults)
 
 
-def read_config(path: Path, defaults: Options) -> dict[str, Any]:
+def read_config(path: Path, options_class: type[Options]) -> dict[str, Any]:
     """The options in a YAML file; ValueError names an unknown one and the nearest that exist."""
     try:
         values = yaml.safe_load(path.read_text())
@@ -242,7 +305,7 @@ def read_config(path: Path, defaults: Options) -> dict[str, Any]:
     values = {} if values is None else values
     if not isinstance(values, Mapping):
         raise ValueError(f"--config {path} must hold option names with values, like `num_steps: 60`")
-    known = [name for name in defaults.flat() if name != "config"]
+    known = [name for name in options_class().flat() if name != "config"]
     for name in values:
         if str(name).replace("-", "_") not in known:
             near = difflib.get_close_matches(str(name).replace("-", "_"), known, n=3)
@@ -255,14 +318,13 @@ def _flat_group(group: Any) -> dict[str, Any]:
     return {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
 
 
-def _parse_file(path: Path, defaults: AnyOptions) -> AnyOptions:
+def _parse_file(path: Path, values: Mapping[str, Any], defaults: AnyOptions) -> AnyOptions:
     """The file's values go through the parser of the command line, so that both are checked alike."""
-    values = read_config(path, defaults)
     try:
         return _parse(_as_arguments(values), defaults, is_quiet=True)
     except SystemExit:
         for name, value in values.items():
-            if not _is_valid(name, value, defaults):
+            if not _is_valid(name, value, type(defaults)()):
                 raise ValueError(f"--config {path}: {name} can't be {value!r}; --help says what it can be") from None
         return _parse(_as_arguments(values), defaults)  # values that contradict one another: the parser says how
 
@@ -288,14 +350,14 @@ def _parse(arguments: Sequence[str], defaults: AnyOptions, is_quiet: bool = Fals
     )
 
 
-def _config_file(arguments: Sequence[str]) -> Path | None:
-    """The value of --config, which must be known before the rest is parsed; of several the last counts."""
+def _last_value(arguments: Sequence[str], option: str) -> str | None:
+    """The value of an option that must be known before the rest is parsed; of several the last counts."""
     found = None
     for index, argument in enumerate(arguments):
-        if argument == "--config" and index + 1 < len(arguments):
-            found = Path(arguments[index + 1])
-        elif argument.startswith("--config="):
-            found = Path(argument.removeprefix("--config="))
+        if argument == option and index + 1 < len(arguments):
+            found = arguments[index + 1]
+        elif argument.startswith(f"{option}="):
+            found = argument.removeprefix(f"{option}=")
     return found
 
 

@@ -25,7 +25,7 @@ def classes() -> tuple[type, type]:
     return PPOConfig, PPOTrainer
 
 
-RECIPE = Recipe(title="PPO", options_class=PPOOptions, classes=classes)
+RECIPE = Recipe(options_class=PPOOptions, classes=classes)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
+
+from trainers.choices import KLEstimator, KLPlace
 
 from .options import Options, SamplingOptions, TrainingOptions
 
@@ -32,11 +34,9 @@ class PPOTrainingOptions(TrainingOptions):
     """1 takes advantages from whole samples; lower values trust the critic's values of later tokens instead."""
     whiten_advantages: bool = True
     """Shift and scale the advantages of the step's tokens to mean 0 and deviation 1."""
-    dual_clip: float | None = None
-    """Where the advantage is negative, the ratio counts no further up than this (3 is usual). None leaves it free."""
-    kl_in: Literal["reward", "loss"] = "reward"
+    kl_in: KLPlace = "reward"
     """Take the KL off each token's reward, or make it a term of the policy's loss."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_estimator: KLEstimator = "k1"
     """Estimator of that KL."""
     missing_eos_penalty: float = 0.0
     """Taken off the reward of a sample that was cut off at max_tokens."""
@@ -61,3 +61,7 @@ class PPOOptions(Options):
 
     sampling: PPOSamplingOptions = PPOSamplingOptions()
     training: PPOTrainingOptions = PPOTrainingOptions()
+
+    @property
+    def title(self) -> str:
+        return "PPO"

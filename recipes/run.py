@@ -31,6 +31,8 @@ from .options import Options, parse_options
 from .recorder import Recorder
 from .rewards import RewardFunction, make_reward
 from .run_directory import RunDirectory, default_path
+from .token_texts import TokenTexts
+from .trackers import Tracker, require_package
 
 if TYPE_CHECKING:
     from engine import EngineConfig
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
 class Recipe:
     """An algorithm, and what it can be told."""
 
-    title: str  # "GRPO"
     options_class: type[Options]
     classes: Callable[[], tuple[type, type]]  # (a config, its trainer): called late, since they import torch
 
@@ -58,9 +59,10 @@ def run_recipe(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
 def train(recipe: Recipe, options: Options) -> None:
     """Trains as the options say and leaves the run's files in its output directory."""
     path = options.output.output_dir or default_path(options.dataset, time.localtime())
-    say_what_happens(recipe.title, options, path)
+    say_what_happens(options, path)
 
     with user_errors():
+        require_package(options.output.tracker)
         problems = load(options)
         reward = make_reward(options.reward, options.dataset, problems.train_rows)
         held_out_rows = with_right_completions(problems.held_out_rows, reward, options)
@@ -71,7 +73,8 @@ def train(recipe: Recipe, options: Options) -> None:
         run.write_environment({})
 
     display = make_run_display(options, path, len(held_out_rows))
-    recorder = Recorder(run, display, options.output.num_logged_groups)
+    tracker = Tracker(options.output.tracker, path, options.flat())
+    recorder = Recorder(run, display, options.output.num_logged_groups, TokenTexts(options.model), tracker)
 
     def on_step(metrics: dict[str, float]) -> None:
         recorder.record(metrics, trainer.batch, trainer.environment)
@@ -102,10 +105,10 @@ def print_dry_run(recipe: Recipe, options: Options) -> None:
     print(describe(plan, DEFAULT_LENGTH, options.max_tokens, options.sampling.group_size))
 
 
-def say_what_happens(title: str, options: Options, path: Path) -> None:
+def say_what_happens(options: Options, path: Path) -> None:
     """The run's first line, printed before anything takes time."""
     print(
-        f"Lockstep: {title} on {options.dataset} with {options.model}, {options.num_steps} steps of "
+        f"Lockstep: {options.title} on {options.dataset} with {options.model}, {options.num_steps} steps of "
         f"{options.sampling.num_prompts} prompts x {options.sampling.group_size} samples; files go to {path}",
         flush=True,
     )

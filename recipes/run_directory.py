@@ -4,7 +4,9 @@ metrics.jsonl      one line a step, under the names that dashboards know
 config.yaml        the options; `--config OUTPUT_DIR/config.yaml` runs them again
 environment.json   versions, kernel fingerprint, commit, threads, platform
 rollouts.jsonl     samples of each step in readable form, with token ids and log-probabilities
+report.html        curves and rollouts in one page for a browser; `python -m recipes.report OUTPUT_DIR` makes it again
 reward_curve.png   reward and expected reward over the steps
+trackers/          with --tracker: what TensorBoard or W&B reads
 weights/           the trained model in Hugging Face format, written by the trainer
 journal/           with --journal: every sample and every switch of weights, for `python -m rollout.replay OUTPUT_DIR`;
                    the versions kept for that are weights/vNNNNNN
@@ -29,6 +31,7 @@ import yaml
 
 METRICS, CONFIG, ENVIRONMENT = "metrics.jsonl", "config.yaml", "environment.json"
 ROLLOUTS, REWARD_CURVE, WEIGHTS, JOURNAL = "rollouts.jsonl", "reward_curve.png", "weights", "journal"
+REPORT, TRACKERS = "report.html", "trackers"
 
 RECORDED_PACKAGES = ("torch", "numpy", "ray", "transformers", "accelerate", "datasets", "safetensors", "gguf",
                      "reasoning_gym", "math-verify", "tyro", "rich", "triton")  # fmt: skip
@@ -84,7 +87,8 @@ class RunDirectory:
 
     def _append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
         if name not in self._files:
-            self._files[name] = (self.path / name).open("a", encoding="utf-8")
+            # half of a surrogate pair, which a data set may hold, is written as the escape that JSON has for it
+            self._files[name] = (self.path / name).open("a", encoding="utf-8", errors="backslashreplace")
         self._files[name].writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         self._files[name].flush()
 
@@ -93,9 +97,9 @@ class RunDirectory:
 
     def _remove_run(self) -> None:
         """Removes a run's own files, and nothing else that may be there."""
-        for name in (METRICS, CONFIG, ENVIRONMENT, ROLLOUTS, REWARD_CURVE):
+        for name in (METRICS, CONFIG, ENVIRONMENT, ROLLOUTS, REWARD_CURVE, REPORT):
             (self.path / name).unlink(missing_ok=True)
-        for name in (WEIGHTS, JOURNAL):
+        for name in (WEIGHTS, JOURNAL, TRACKERS):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
 

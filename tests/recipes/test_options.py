@@ -12,6 +12,7 @@ import yaml
 
 from recipes.options import GRPOOptions, parse_options
 from recipes.run_directory import RunDirectory
+from trainers.algorithms import ALGORITHMS
 
 
 def write(path: Path, text: str) -> str:
@@ -64,6 +65,43 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
         assert values["shuffle_rewards"] is True
         assert values["stop"] == ("\n", "x")
         assert values["num_prompts"] == 16
+
+
+def test_an_algorithm_sets_the_defaults_of_what_makes_it_up():
+    for name, entry in ALGORITHMS.items():
+        values = parse_options(["--algorithm", name]).flat()
+        assert {field: values[field] for field in entry.settings} == dict(entry.settings)
+        assert values["algorithm"] == name
+        assert values["learning_rate"] == GRPOOptions().training.learning_rate
+    values = parse_options(
+        ["--algorithm=dapo", "--clip-high", "0.3", "--loss-aggregation", "seq-mean-token-sum"]
+    ).flat()
+    assert (values["clip_low"], values["clip_high"], values["loss_aggregation"]) == (0.2, 0.3, "seq-mean-token-sum")
+
+
+def test_the_file_may_name_the_algorithm_and_its_options_win_over_the_preset(tmp_path: Path):
+    path = write(tmp_path / "run.yaml", "algorithm: gspo\nclip_high: 0.001\n")
+    values = parse_options(["--config", path]).flat()
+    assert (values["ratio_level"], values["clip_low"], values["clip_high"]) == ("sequence", 3e-4, 0.001)
+    values = parse_options(["--config", path, "--algorithm", "dr_grpo"]).flat()
+    assert (values["algorithm"], values["ratio_level"], values["clip_high"]) == ("dr_grpo", "token", 0.001)
+
+
+def test_an_unknown_algorithm_is_answered_with_the_known_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        parse_options(["--algorithm", "ppg"])
+    assert "reinforce_pp_baseline" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="algorithm can't be 'ppg'"):
+        parse_options(["--config", write(tmp_path / "run.yaml", "algorithm: ppg\n")])
+
+
+def test_the_options_of_every_algorithm_make_a_config(tmp_path: Path):
+    from recipes.run import make_config
+    from trainers import GRPOConfig
+
+    for name, entry in ALGORITHMS.items():
+        config = make_config(GRPOConfig, parse_options(["--algorithm", name]), tmp_path)
+        assert {field: getattr(config, field) for field in entry.settings} == dict(entry.settings)
 
 
 def test_an_unknown_key_in_the_file_is_answered_with_near_ones(tmp_path: Path):
@@ -133,7 +171,23 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str], monkeypa
 
 
 def test_a_run_can_be_repeated_from_its_own_config(tmp_path: Path):
-    options = parse_options(["--num-steps", "3", "--stop", "\n", "x", "--betas", "0.8", "0.9", "--chat", "--seed", "5"])
+    options = parse_options(
+        [
+            "--num-steps",
+            "3",
+            "--stop",
+            "\n",
+            "x",
+            "--betas",
+            "0.8",
+            "0.9",
+            "--chat",
+            "--seed",
+            "5",
+            "--algorithm",
+            "gspo",
+        ]
+    )
     run = RunDirectory(tmp_path / "run")
     run.write_config(options.flat())
     repeated = parse_options(["--config", str(tmp_path / "run" / "config.yaml")])
@@ -152,8 +206,9 @@ def test_options_name_the_trainers_and_the_engines_fields():
                 assert options[field.name] == field.default, field.name
     of_neither = options.keys() - {f.name for f in (*dataclasses.fields(GRPOConfig), *dataclasses.fields(EngineConfig))}
     assert of_neither == {
-        "dataset", "reward", "dry_run", "config", "dataset_subset", "dataset_split", "prompt_column", "answer_column",
-        "chat", "system_prompt", "num_held_out", "overwrite", "num_logged_groups", "save_weights", "journal", "display",
+        "algorithm", "dataset", "reward", "dry_run", "config", "dataset_subset", "dataset_split", "prompt_column",
+        "answer_column", "chat", "system_prompt", "num_held_out", "overwrite", "num_logged_groups", "save_weights",
+        "journal", "display", "tracker",
     }  # fmt: skip
 
 

@@ -3,12 +3,14 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from rich.console import Console
 
 from recipes.display import EXPECTED_REWARD, MISMATCH, PlainDisplay, Progress
 from recipes.recorder import NUM_MISMATCH_TOKENS, Recorder
+from recipes.report import from_files
 from recipes.run_directory import RunDirectory
 from rollout import Rollout, SamplingParams
 from trainers.grpo import Batch
@@ -70,7 +72,7 @@ def test_steps_are_written_shown_and_summed_up(tmp_path: Path):
     assert kept.summary() == [
         "expected reward 0.285 -> 0.700",
         "largest difference of log-probabilities 0.0, over 1,234 tokens",
-        f"files in {tmp_path}",
+        f"files in {tmp_path}; report.html there shows curves and rollouts",
     ]
 
 
@@ -83,6 +85,34 @@ def test_rollouts_are_kept_in_readable_form_with_their_bits(tmp_path: Path):
     assert lines[0]["logprobs"] == [-0.5, -0.25]
     assert lines[0]["policy_versions"] == [0, 0]
     assert kept.progress.sample == ("3 + 4 =", " 7", 1.0)
+
+
+def test_the_report_grows_with_the_run_and_equals_one_made_of_its_files(tmp_path: Path):
+    kept = recorder(tmp_path)
+    kept.record({"step": 0, EXPECTED_REWARD: 0.25}, None, ENVIRONMENT)
+    assert '"eval/expected_reward"' in (tmp_path / "report.html").read_text()
+    kept.record({"step": 1, EXPECTED_REWARD: 0.75}, batch(), ENVIRONMENT)
+    kept.finish()
+    live = (tmp_path / "report.html").read_bytes()
+    assert b"0.250 \xe2\x86\x92 0.750" in live
+    assert from_files(tmp_path).read_bytes() == live
+
+
+def test_the_texts_of_tokens_are_kept_with_the_rollouts(tmp_path: Path):
+    kept = recorder(tmp_path)
+    kept.token_texts = lambda token_ids: [f"<{token_id}>" for token_id in token_ids]
+    kept.record({"step": 1}, batch(), ENVIRONMENT)
+    assert read_lines(tmp_path / "rollouts.jsonl")[0]["token_texts"] == ["<3>", "<4>"]
+
+
+def test_a_tracker_is_told_of_every_step_and_of_the_end(tmp_path: Path):
+    told = []
+    kept = recorder(tmp_path)
+    kept.tracker = SimpleNamespace(log=told.append, finish=lambda: told.append("end"))  # type: ignore[assignment]
+    kept.record({"step": 0}, None, ENVIRONMENT)
+    kept.record({"step": 1}, batch(), ENVIRONMENT)
+    kept.finish()
+    assert told == [{"step": 0}, {"step": 1}, "end"]
 
 
 def test_no_rollouts_are_kept_where_none_are_wanted(tmp_path: Path):

@@ -33,12 +33,21 @@ def test_rollouts_are_readable_lines(tmp_path: Path):
     assert (tmp_path / "rollouts.jsonl").read_text() == '{"prompt": "3 + 4 =", "completion": " 7 ✓"}\n'
 
 
+def test_half_a_surrogate_pair_is_written_and_read_back(tmp_path: Path):
+    run = RunDirectory(tmp_path)
+    run.log_rollouts([{"answer": "\ud83d", "completion": "🎉"}])
+    run.close()
+    assert read_lines(tmp_path / "rollouts.jsonl") == [{"answer": "\ud83d", "completion": "🎉"}]
+
+
 def test_a_run_is_not_overwritten_unless_asked(tmp_path: Path):
     run = RunDirectory(tmp_path)
     run.log_metrics({"step": 0})
     run.close()
     (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "weights").mkdir()
+    (tmp_path / "report.html").write_text("old")
+    for name in ("weights", "trackers"):
+        (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match="holds a run already; name another --output-dir, or pass --overwrite"):
         RunDirectory(tmp_path)
     RunDirectory(tmp_path, overwrite=True)

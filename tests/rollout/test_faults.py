@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import psutil
 import pytest
+import ray
 
 from engine import LLMEngine, SamplingParams
 from rollout import EngineError, RolloutPool
+from rollout.switch import LOST_CALLER_SECONDS
 
 PARAMS = SamplingParams(n=2, max_tokens=24, ignore_eos=True)
 LONG = SamplingParams(n=2, max_tokens=200, ignore_eos=True)
@@ -177,6 +179,28 @@ def test_an_engine_killed_in_a_sync_costs_nothing(whole_pool, versions, make_wei
     for rollout in [rollout for group in groups for rollout in group][::5]:
         under = {version: forward_logprobs(weights[version], rollout) for version in weights}
         assert rollout.logprobs == [under[v][i] for i, v in enumerate(rollout.policy_versions)]
+
+
+@pytest.mark.slow
+def test_a_sync_that_waits_gives_up_on_groups_whose_caller_is_gone(local_ray, config, make_weights):
+    """Nobody draws again what a lost engine had for a dead caller, so the sync must not wait for it for ever."""
+
+    @ray.remote(num_cpus=0)
+    class Caller:
+        def generate(self, handle):
+            handle.generate(PROMPTS, LONG)
+
+    with RolloutPool(config, num_engines=2) as pool:
+        caller = Caller.remote()
+        caller.generate.remote(pool.handle())
+        wait_for(lambda: pool.stats().num_groups_running == len(PROMPTS))
+        wait_for_tokens(pool)
+        ray.kill(caller)
+        kill(pool)
+        report = pool.sync_weights(make_weights(1), 1, mode="wait")
+        assert report.is_lockstep
+        assert LOST_CALLER_SECONDS < report.seconds < 2 * LOST_CALLER_SECONDS
+        pool.check_integrity()
 
 
 def test_a_step_that_hangs_is_named_with_its_phase_and_requests(local_ray, config, tmp_path):

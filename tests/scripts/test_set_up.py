@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -65,3 +66,18 @@ def test_clearing_keeps_only_the_lock_that_others_wait_for(checkout: Path):
     with set_up.exclusive_lock():
         set_up.clear_environment()
     assert list(set_up.VENV.iterdir()) == [set_up.LOCK]
+
+
+def test_a_link_to_another_checkouts_environment_is_refused_and_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "stamp").write_text("/somewhere/else 1 2")
+    link = tmp_path / ".venv"
+    link.symlink_to(theirs)
+    monkeypatch.setattr(set_up, "VENV", link)
+    monkeypatch.setattr(sys, "argv", ["set_up.py", "key"])
+    assert set_up.main() == 1
+    assert f".venv is a link to {theirs}: remove it" in capsys.readouterr().err
+    assert [path.name for path in theirs.iterdir()] == ["stamp"]

@@ -62,6 +62,20 @@ def test_every_step_moves_and_syncs_the_weights(run):
     assert versions == {2}  # the last batch was drawn under the weights of two updates
 
 
+@pytest.mark.parametrize("name", ["gspo", "reinforce_pp"])
+def test_other_algorithms_train_in_lockstep(local_ray, engine_config, name):
+    settings = {field: getattr(CONFIG, field) for field in ("num_prompts", "group_size", "max_tokens", "learning_rate")}
+    config = GRPOConfig.for_algorithm(name, num_steps=2, num_threads=1, **settings)
+    history = GRPOTrainer(config, engine_config, ROWS, has_letter_e).train()
+    assert [metrics["policy_version"] for metrics in history[1:]] == [1, 2]
+    assert [metrics["mismatch/logprob_abs_diff_max"] for metrics in history[1:]] == [0.0, 0.0]
+    assert [metrics["actor/ppo_kl"] for metrics in history[1:]] == [0.0, 0.0]
+    if name == "reinforce_pp":  # which learns from groups whose rewards are all equal, too
+        drawn = config.num_prompts * config.group_size
+        assert all(metrics["actor/num_tokens"] >= drawn for metrics in history[1:])
+        assert history[1]["actor/reward_kl_penalty"] == 0.0
+
+
 def test_dashboard_names_are_those_that_people_know(run):
     names = {
         "reward/mean", "reward/std", "reward/num_failed", "reward/num_timed_out", "frac_reward_zero_std",

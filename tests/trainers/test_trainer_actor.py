@@ -7,7 +7,7 @@ import torch
 from one_engine import OneEngine
 
 from engine import EngineConfig, LLMEngine, SamplingParams
-from trainers import GRPOConfig, pack
+from trainers import ALGORITHMS, GRPOConfig, correction_weights, pack
 from trainers.grpo_actor import GRPOActor
 
 PROMPTS = [[5, 9, 11, 30], [7], list(range(40, 90))]
@@ -107,6 +107,80 @@ def test_the_kl_to_the_first_model_is_zero_at_first_and_grows(start, draw):
     trainer.sync()
     rollouts = draw()
     assert trainer.step(rollouts, advantages_of(rollouts))["actor/kl_loss"] > 0.0
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_starts_in_lockstep_and_raises_what_is_rewarded(start, draw, name):
+    config = GRPOConfig.for_algorithm(name)
+    settings = {field: getattr(config, field) for field in ALGORITHMS[name].settings}
+    trainer = start(**settings, learning_rate=3e-3, num_iterations=3)
+    rollouts = draw()
+    before = sample_logprobs(trainer, rollouts)
+    metrics = trainer.step(rollouts, advantages_of(rollouts))
+    assert metrics["mismatch/logprob_abs_diff_max"] == 0.0
+    gain = sample_logprobs(trainer, rollouts) - before
+    assert gain[::2].mean() > gain[1::2].mean()
+
+
+def sample_logprobs(trainer, rollouts) -> torch.Tensor:
+    """The mean log-probability of each sample's tokens under the policy as it is now."""
+    batch = pack(rollouts, [0.0] * len(rollouts))
+    with torch.no_grad():
+        logprobs = trainer.policy.token_logprobs(batch)
+    return torch.stack([logprobs[batch.sample_index == i].mean() for i in range(len(rollouts))])
+
+
+def test_kl_in_the_reward_is_zero_at_first_and_then_a_penalty(start, draw):
+    trainer = start(kl_coef=0.1, kl_in="reward", kl_estimator="k2", learning_rate=1e-2)
+    rollouts = draw()
+    metrics = trainer.step(rollouts, advantages_of(rollouts))
+    assert metrics["actor/reward_kl_penalty"] == 0.0
+    assert "actor/kl_loss" not in metrics
+    trainer.sync()
+    rollouts = draw()
+    assert trainer.step(rollouts, advantages_of(rollouts))["actor/reward_kl_penalty"] > 0.0
+
+
+def test_a_reference_that_follows_at_once_leaves_no_kl(start, draw):
+    moving = {"reference_update_every": 2, "reference_mixup": 1.0}
+    trainer = start(kl_coef=0.1, learning_rate=1e-2, **moving)
+    kls = []
+    for _ in range(3):
+        rollouts = draw()
+        kls.append(trainer.step(rollouts, advantages_of(rollouts))["actor/kl_loss"])
+        trainer.sync()
+    assert kls[0] == 0.0
+    assert kls[1] > 0.0
+    assert kls[2] == 0.0  # after two updates the policy and its reference are the same bits
+
+
+def test_a_mixed_reference_stands_between_the_first_model_and_the_policy(start, draw):
+    trainer = start(kl_coef=0.1, learning_rate=1e-2, reference_update_every=1, reference_mixup=0.25)
+    first = {name: tensor.clone() for name, tensor in trainer.policy.named_weights()}
+    rollouts = draw()
+    trainer.step(rollouts, advantages_of(rollouts))
+    policy = dict(trainer.policy.named_weights())
+    for name, tensor in trainer.reference.model.named_weights():
+        torch.testing.assert_close(tensor, 0.75 * first[name] + 0.25 * policy[name], rtol=1e-5, atol=1e-7)
+
+
+def test_stale_rollouts_are_held_against_the_policy_before_its_update_and_weighed(start, draw):
+    trainer = start(learning_rate=1e-2)
+    rollouts = draw()
+    batches = [pack(rollouts, advantages_of(rollouts))]
+    (fresh,), metrics = trainer._targets(batches, rollouts)
+    assert fresh.correction is None
+    assert torch.equal(fresh.old_logprobs, batches[0].rollout_logprobs)
+    assert metrics == {}
+
+    trainer.step(rollouts, advantages_of(rollouts))  # they are one version behind now
+    (stale,), metrics = trainer._targets(batches, rollouts)
+    with torch.no_grad():
+        assert torch.equal(stale.old_logprobs, trainer.policy.token_logprobs(batches[0]))
+    behaviour, mask = batches[0].rollout_logprobs, batches[0].loss_mask
+    expected = correction_weights(stale.old_logprobs, behaviour, mask, batches[0].sample_index)
+    assert torch.equal(stale.correction, expected)
+    assert 0.0 < metrics["correction/effective_sample_size"] < 1.0
 
 
 def test_micro_batches_do_not_change_the_figures(start, draw):
