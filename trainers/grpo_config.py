@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trainers.losses import KLEstimator
+from trainers.schedule import LearningRateSchedule, check_schedule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,8 @@ class GRPOConfig:
     """AdamW's learning rate after warm-up."""
     warmup_steps: int = 3
     """Optimiser steps over which the learning rate rises linearly."""
+    learning_rate_schedule: LearningRateSchedule = "constant"
+    """After warm-up the learning rate stays, or falls to nothing at the run's end, on a line or half a cosine wave."""
     betas: tuple[float, float] = (0.9, 0.99)
     """AdamW's decay rates of the two moments."""
     weight_decay: float = 0.0
@@ -89,13 +92,26 @@ class GRPOConfig:
     """Versions that it divides are kept in the journal's directory, to be drawn from again; None keeps none."""
     keep_last: int | None = None
     """Of the versions kept, only so many of the latest stay; None is all."""
+    checkpoint_dir: str | None = None
+    """Where checkpoints are left, from which a run that ended goes on (docs/checkpoints.md)."""
+    checkpoint_every: int = 0
+    """Steps from one checkpoint to the next; the last step has one, too. 0 makes none."""
+    keep_checkpoints: int = 2
+    """Complete checkpoints that stay; older ones are removed after a new one is complete."""
+    resume: str | None = None
+    """A checkpoint to go on from, or "auto": the newest good one in checkpoint_dir, if there is any."""
+
+    @property
+    def num_optimizer_steps(self) -> int:
+        """Over the whole run, steps without anything to train on included."""
+        return self.num_steps * self.num_iterations
 
     def __post_init__(self) -> None:
         positive = ("num_prompts", "group_size", "num_iterations", "max_tokens", "num_engines", "micro_batch_tokens")
         for name in positive:
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         not_negative = ("num_steps", "warmup_steps", "eval_every", "weight_decay", "kl_coef", "advantage_epsilon")
-        for name in (*not_negative, "reward_processes"):
+        for name in (*not_negative, "reward_processes", "checkpoint_every"):
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
         for name in ("learning_rate", "max_grad_norm", "clip_high", "reward_timeout"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
@@ -104,8 +120,16 @@ class GRPOConfig:
         if self.journal_dir is None:
             for name in ("keep_weights_every", "keep_last"):
                 _require(getattr(self, name) is None, f"{name}={getattr(self, name)} needs a journal_dir")
+        check_schedule(self.learning_rate_schedule, self.num_optimizer_steps)
+        self._check_checkpoints()
         threads = self.num_threads
         _require(threads is None or threads >= 1, f"num_threads={threads} must be at least 1, or None for every core")
+
+    def _check_checkpoints(self) -> None:
+        _require(self.keep_checkpoints >= 1, f"keep_checkpoints={self.keep_checkpoints} must be at least 1")
+        if self.checkpoint_dir is None:
+            _require(not self.checkpoint_every, f"checkpoint_every={self.checkpoint_every} needs a checkpoint_dir")
+            _require(self.resume != "auto", "resume='auto' needs a checkpoint_dir to look in")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -19,6 +19,10 @@ from engine.model_config import ModelConfig, read_config_dict
 from engine.tokenizer import encode, load_tokenizer
 from trainers.batch import PackedBatch, pack_tokens
 from trainers.losses import LossOutput
+from trainers.optimizer_file import load_optimizer, save_optimizer
+from trainers.schedule import LearningRateSchedule, check_schedule, learning_rate_factor
+
+MODEL_FOLDER, OPTIMIZER_FILE = "model", "optimizer.safetensors"  # of a checkpoint
 
 LossFunction = Callable[[torch.Tensor, PackedBatch], LossOutput]
 """(trainer_logprobs [C] with gradient, batch) -> this batch's share of the loss."""
@@ -37,8 +41,11 @@ class Policy:
 
     model: a directory, hub id or GGUF file, as EngineConfig takes it. numerics: the profile of the forward pass, which
     must be the engine's; masters, gradients and optimiser are float32 in each. num_threads: CPU threads for both our
-    kernels and torch's; None takes every core this process may use. The learning rate rises linearly over warmup_steps,
-    the first step taking 1 / warmup_steps of it.
+    kernels and torch's; None takes every core this process may use. learning_rate_schedule, warmup_steps and
+    num_optimizer_steps (which a falling schedule needs): see `learning_rate_factor`.
+
+    `save_checkpoint` and `load_checkpoint` carry all that a Policy is from one process to another, to the bit: weights,
+    moments, and policy_version, which is the number of optimiser steps and so the place in the schedule.
     """
 
     def __init__(
@@ -51,8 +58,11 @@ class Policy:
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
         warmup_steps: int = 3,
+        learning_rate_schedule: LearningRateSchedule = "constant",
+        num_optimizer_steps: int | None = None,
         num_threads: int | None = None,
     ) -> None:
+        check_schedule(learning_rate_schedule, num_optimizer_steps)
         self.num_threads = num_threads or available_cores()
         kernels.set_num_threads(self.num_threads)
         torch.set_num_threads(self.num_threads)
@@ -61,6 +71,7 @@ class Policy:
         self.tokenizer = load_tokenizer(self.directory)
         self.model = load_transformer(self.directory, numerics, with_masters=True)
         self.learning_rate, self.warmup_steps, self.max_grad_norm = learning_rate, warmup_steps, max_grad_norm
+        self.learning_rate_schedule, self.num_optimizer_steps = learning_rate_schedule, num_optimizer_steps
         self.accelerator = Accelerator(cpu=True)
         self.optimizer = self.accelerator.prepare(
             torch.optim.AdamW(
@@ -106,6 +117,23 @@ class Policy:
         config = read_config_dict(self.directory)
         save_pretrained(Path(directory), config, self.named_weights(), self.tokenizer)
 
+    def checkpoint_num_bytes(self) -> int:
+        """What `save_checkpoint` writes, the tokenizer and other small files aside."""
+        return 3 * sum(parameter.nbytes for parameter in self.model.parameters())  # the weights and two moments
+
+    def save_checkpoint(self, directory: str | Path) -> None:
+        """Write weights (`model/`, in Hugging Face format, float32) and optimiser into an existing directory."""
+        self.save_pretrained(Path(directory) / MODEL_FOLDER)
+        save_optimizer(Path(directory) / OPTIMIZER_FILE, self._adamw, self._parameters(), self.policy_version)
+
+    def load_checkpoint(self, directory: str | Path) -> None:
+        """Take weights, moments and policy_version from what `save_checkpoint` wrote.
+
+        Raises ValueError where they are another model's, or not readable; the policy is then not to be used any more.
+        """
+        self.model.load_weights(iter_weights(Path(directory) / MODEL_FOLDER))
+        self.policy_version = load_optimizer(Path(directory) / OPTIMIZER_FILE, self._adamw, self._parameters())
+
     @torch.no_grad()
     def expected_reward(
         self, prompts: Sequence[Any], answers: Sequence[str | Sequence[str]], max_tokens: int = 1024
@@ -140,8 +168,20 @@ class Policy:
             raise ValueError(f"answers={answers!r}: every right completion needs at least one token")
         return ids
 
+    @property
+    def _adamw(self) -> torch.optim.AdamW:
+        return self.optimizer.optimizer  # accelerate's wrapper knows no parameter names
+
+    def _parameters(self) -> dict[str, torch.Tensor]:
+        return dict(self.model.named_parameters())
+
     def _current_learning_rate(self) -> float:
-        return self.learning_rate * min(1.0, (self.policy_version + 1) / max(1, self.warmup_steps))
+        return self.learning_rate * learning_rate_factor(
+            self.policy_version,
+            schedule=self.learning_rate_schedule,
+            warmup_steps=self.warmup_steps,
+            num_steps=self.num_optimizer_steps,
+        )
 
 
 def load_transformer(directory: Path, numerics: str, with_masters: bool) -> Transformer:
