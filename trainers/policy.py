@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 import kernels
 from engine.attention import PackedAttention
@@ -122,9 +123,15 @@ class Policy:
         return 3 * sum(parameter.nbytes for parameter in self.model.parameters())  # the weights and two moments
 
     def save_checkpoint(self, directory: str | Path) -> None:
-        """Write weights (`model/`, in Hugging Face format, float32) and optimiser into an existing directory."""
-        self.save_pretrained(Path(directory) / MODEL_FOLDER)
-        save_optimizer(Path(directory) / OPTIMIZER_FILE, self._adamw, self._parameters(), self.policy_version)
+        """Write weights (`model/`, in Hugging Face format, float32) and optimiser into an existing directory.
+
+        Raises OSError where the disk does not take them.
+        """
+        try:
+            self.save_pretrained(Path(directory) / MODEL_FOLDER)
+            save_optimizer(Path(directory) / OPTIMIZER_FILE, self._adamw, self._parameters(), self.policy_version)
+        except SafetensorError as error:  # so it calls what the system says of a full disk
+            raise OSError(str(error)) from error
 
     def load_checkpoint(self, directory: str | Path) -> None:
         """Take weights, moments and policy_version from what `save_checkpoint` wrote.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,8 @@ class TrainerActor:
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
             warmup_steps=config.warmup_steps,
+            learning_rate_schedule=config.learning_rate_schedule,
+            num_optimizer_steps=config.num_optimizer_steps,
             num_threads=config.num_threads,
         )
         self.reference = (
@@ -80,6 +82,32 @@ class TrainerActor:
 
     def save_pretrained(self, directory: str) -> None:
         self.policy.save_pretrained(directory)
+
+    def checkpoint_num_bytes(self) -> int:
+        """About what save_checkpoint writes."""
+        return self.policy.checkpoint_num_bytes()
+
+    def save_checkpoint(self, directory: str) -> dict[str, int]:
+        """Write this actor's part of a checkpoint into a directory; returns what load_checkpoint wants back with it.
+
+        The model that the KL is measured to is the one that the run began with, and is no part of it.
+        Raises OSError where the disk does not take it.
+        """
+        self.policy.save_checkpoint(directory)
+        return {"policy_version": self.policy.policy_version, "num_skipped_steps": self.num_skipped_steps}
+
+    def load_checkpoint(self, directory: str, facts: Mapping[str, int]) -> None:
+        """Go on, to the bit, from what save_checkpoint wrote and returned. Raises ValueError if it is another model's.
+
+        The engines still have the weights that they started with: call sync().
+        """
+        self.policy.load_checkpoint(directory)
+        self.num_skipped_steps = facts["num_skipped_steps"]
+        if self.policy.policy_version != facts["policy_version"]:
+            raise ValueError(
+                f"{directory} holds an optimiser of policy version {self.policy.policy_version} and a state of version "
+                f"{facts['policy_version']}: its files were put together from two checkpoints"
+            )
 
     def environment(self) -> dict[str, Any]:
         """What fixes this side's bits and speed."""

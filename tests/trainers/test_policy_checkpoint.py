@@ -23,7 +23,7 @@ def trained(policy: Policy, rollouts, num_steps: int) -> list[dict[str, float]]:
     metrics = []
     for _ in range(num_steps):
         batch = pack(rollouts, [(-1.0) ** (i + policy.policy_version) * (1 + i % 3) for i in range(len(rollouts))])
-        policy.forward_backward(batch, lambda logprobs, batch: loss(logprobs, batch))
+        policy.forward_backward(batch, loss)
         metrics.append(policy.optim_step())
     return metrics
 
