@@ -27,10 +27,10 @@ from .display import (
     make_display,
 )
 from .exits import EXIT_USER_ERROR, exit_code, user_errors
-from .options import Options, parse_options
+from .options import Options, parse_options, read_config
 from .recorder import Recorder
 from .rewards import RewardFunction, make_reward
-from .run_directory import RunDirectory, default_path
+from .run_directory import CHECKPOINTS, CONFIG, RunDirectory, default_path, ended_before_its_first_checkpoint
 
 if TYPE_CHECKING:
     from engine import EngineConfig
@@ -49,30 +49,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(options: Options) -> None:
     """Trains as the options say and leaves the run's files in its output directory."""
+    from trainers.checkpoint import CheckpointError
+
     path = options.output.output_dir or default_path(options.dataset, time.localtime())
     say_what_happens(options, path)
 
-    with user_errors():
+    with user_errors(always=CheckpointError):
+        options = with_problems_of_run(options, path)
         problems = load(options)
         reward = make_reward(options.reward, options.dataset, problems.train_rows)
         held_out_rows = with_right_completions(problems.held_out_rows, reward, options)
         grpo_config, engine_config = make_configs(options, path)
-        run = RunDirectory(path, options.output.overwrite)
+        run = None if options.resume else RunDirectory(path, options.output.overwrite)
+
+        from trainers import GRPOTrainer
+
+        trainer = GRPOTrainer(
+            grpo_config,
+            engine_config,
+            problems.train_rows,
+            [reward],
+            eval_rows=held_out_rows,
+            callbacks=[lambda metrics: recorder.record(metrics, trainer.batch, trainer.environment)],
+            settings=settings_of_data(options, reward),
+        )
+        run = run or resumed_directory(path, trainer.checkpoints.resumed, trainer.checkpoints.start.step)
         run.write_config(options.flat())
         run.write_environment({})
-
-    from trainers import GRPOTrainer
 
     display = make_run_display(options, path, len(held_out_rows))
     recorder = Recorder(run, display, options.output.num_logged_groups)
 
-    def on_step(metrics: dict[str, float]) -> None:
-        recorder.record(metrics, trainer.batch, trainer.environment)
-
-    with contextlib.closing(run), display, user_errors(until=lambda: run.has_metrics):
-        trainer = GRPOTrainer(
-            grpo_config, engine_config, problems.train_rows, [reward], eval_rows=held_out_rows, callbacks=[on_step]
-        )
+    with contextlib.closing(run), display, user_errors(until=lambda: run.has_metrics, always=CheckpointError):
+        if trainer.checkpoints.resumed:
+            display.note(words_of_resume(trainer.checkpoints.resumed, trainer.checkpoints.start.step, run))
         try:
             trainer.train()
         finally:
@@ -104,12 +114,43 @@ def say_what_happens(options: Options, path: Path) -> None:
     )
 
 
+def words_of_resume(checkpoint: Path, step: int, run: RunDirectory) -> str:
+    """What is gone on from, and what of the run that ended is given up."""
+    cut = f"; {run.num_cut_lines} lines of later steps were cut off" if run.num_cut_lines else ""
+    return f"going on from {checkpoint}, after step {step}{cut}"
+
+
+def resumed_directory(path: Path, checkpoint: Path | None, step: int) -> RunDirectory:
+    """The directory of a run that goes on: the one it had if the checkpoint lies in it, else a new one.
+
+    Without a checkpoint (--resume auto) the run begins, also where one ended before its first checkpoint was due.
+    """
+    if checkpoint is not None and checkpoint.parent == (path / CHECKPOINTS).absolute():
+        return RunDirectory(path, after_step=step)
+    return RunDirectory(path, overwrite=checkpoint is None and ended_before_its_first_checkpoint(path))
+
+
+def with_problems_of_run(options: Options, path: Path) -> Options:
+    """The options with as many problems as the run that goes on had generated, whatever its steps are now."""
+    if not options.resume or options.data.num_problems is not None or not (path / CONFIG).exists():
+        return options
+    num_problems = read_config(path / CONFIG).get("num_problems")
+    return dataclasses.replace(options, data=dataclasses.replace(options.data, num_problems=num_problems))
+
+
+def settings_of_data(options: Options, reward: RewardFunction) -> dict[str, Any]:
+    """What a resumed run must share beside the trainer's own settings, under the names of the options."""
+    names = [field.name for field in dataclasses.fields(options.data) if field.name != "num_problems"]
+    values = {name: getattr(options.data, name) for name in names}
+    return values | {"dataset": Path(options.dataset).name, "reward": reward.__name__}
+
+
 def load(options: Options) -> Problems:
     """The problems to train on and those held out, as the model is to be asked."""
     problems = load_problems(
         options.dataset,
         num_held_out=options.data.num_held_out,
-        num_rows=max(1, options.num_steps * options.sampling.num_prompts),
+        num_rows=options.num_problems,
         seed=options.seed,
         split=options.data.dataset_split,
         subset=options.data.dataset_subset,
@@ -159,6 +200,7 @@ def make_configs(options: Options, path: Path) -> tuple[GRPOConfig, EngineConfig
     values = options.flat() | {
         "output_dir": str(path) if options.output.save_weights else None,
         "journal_dir": str(path) if options.output.journal else None,
+        "checkpoint_dir": str(path / CHECKPOINTS) if options.output.checkpoint_every or options.resume else None,
     }
     return _configured(GRPOConfig, values), _configured(EngineConfig, values)
 

@@ -17,6 +17,8 @@ from .data import NUM_HELD_OUT_SUMS, SUMS
 from .display import DisplayMode
 from .rewards import RewardName
 
+LearningRateSchedule = Literal["constant", "linear", "cosine"]  # trainers.schedule's, which is not imported yet
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataOptions:
@@ -36,6 +38,8 @@ class DataOptions:
     """A system message before every prompt; needs --chat."""
     num_held_out: int = NUM_HELD_OUT_SUMS
     """Problems that are never trained on, to judge the run by (of a file or hub data set at most a tenth)."""
+    num_problems: int | None = None
+    """Problems to generate for a task of reasoning_gym. None is one for each prompt of the run's steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +66,8 @@ class TrainingOptions:
     """AdamW's learning rate after warm-up."""
     warmup_steps: int = 3
     """Optimiser steps over which the learning rate rises linearly."""
+    learning_rate_schedule: LearningRateSchedule = "constant"
+    """After warm-up it stays, or falls to nothing at the run's end, on a line or half a cosine wave."""
     betas: tuple[float, float] = (0.9, 0.99)
     """AdamW's decay rates of the two moments."""
     weight_decay: float = 0.0
@@ -132,6 +138,12 @@ class OutputOptions:
     """With --journal: keep the weights of the versions that this divides, to draw from them again. None keeps none."""
     keep_last: int | None = None
     """With --journal: of the versions kept, only so many of the latest stay. None is all."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints, which --resume goes on from; the last step has one, too. 0 makes none."""
+    keep_checkpoints: int = 2
+    """Checkpoints that stay; older ones are removed after a new one is complete."""
+    resume: str | None = None
+    """A checkpoint to go on from, or "auto": the newest good one in --output-dir, or a new run if there is none."""
     display: DisplayMode = "auto"
     """A live panel, plain lines, or whichever suits the terminal."""
 
@@ -175,6 +187,12 @@ class Options:
             raise ValueError("system_prompt needs chat=True: a plain text prompt has no system message")
         if not self.output.journal and not (self.output.keep_weights_every is None and self.output.keep_last is None):
             raise ValueError("keep_weights_every and keep_last need journal=True: weights are kept beside a journal")
+        if self.resume == "auto" and self.output.output_dir is None:
+            raise ValueError("resume='auto' needs output_dir: the directory of the run to go on with")
+        if self.resume is not None and self.output.overwrite:
+            raise ValueError(f"resume={self.resume!r} and overwrite=True contradict each other: leave one of them out")
+        if self.data.num_problems is not None and self.data.num_problems < 1:
+            raise ValueError(f"num_problems={self.data.num_problems} must be at least 1")
         if self.output.num_logged_groups < 0:
             raise ValueError(f"num_logged_groups={self.output.num_logged_groups} must not be negative")
 
@@ -190,13 +208,23 @@ class Options:
             return ("\n",) if self.dataset == SUMS else ()
         return tuple(text.replace("\\n", "\n") for text in self.sampling.stop)
 
+    @property
+    def resume(self) -> str | None:
+        """What to go on from; None for a new run."""
+        return None if self.output.resume in (None, "none") else self.output.resume
+
+    @property
+    def num_problems(self) -> int:
+        return self.data.num_problems or max(1, self.num_steps * self.sampling.num_prompts)
+
     def flat(self) -> dict[str, Any]:
-        """Every option by its name, without the groups; `max_tokens` and `stop` as they were settled."""
+        """Every option by its name, without the groups; those that others settle as they were settled."""
         values: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             values |= _flat_group(value) if dataclasses.is_dataclass(value) else {field.name: value}
-        return values | {"max_tokens": self.max_tokens, "stop": self.stop}
+        settled = ("max_tokens", "stop", "resume", "num_problems")
+        return values | {name: getattr(self, name) for name in settled}
 
 
 def parse_options(arguments: Sequence[str]) -> Options:

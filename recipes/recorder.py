@@ -22,13 +22,15 @@ class Recorder:
     def __init__(self, run: RunDirectory, display: PlainDisplay, num_logged_groups: int) -> None:
         self.run, self.display, self.num_logged_groups = run, display, num_logged_groups
         self.progress = display.progress
+        for line in run.history:  # of a run that is gone on with
+            self.progress.add(int(line["step"]), line)
 
     def record(self, metrics: Mapping[str, float], batch: Batch | None, environment: Mapping[str, Any]) -> None:
         """One step; step 0 is the untrained model's and has no batch. environment: facts of engine and trainer."""
         step = int(metrics["step"])
         if not self.run.has_metrics:
             self.run.write_environment(environment)
-            self.progress.first_step_started = time.monotonic()
+            self.progress.first_step_started, self.progress.first_step = time.monotonic(), step
         self.run.log_metrics(metrics)
         if batch is not None:
             self._record_rollouts(step, batch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,8 +18,10 @@ from rollout import EngineConfig, Rollout, RolloutPool, SamplingParams
 from trainers.advantages import group_advantages, has_spread, shuffle_rewards
 from trainers.grpo_config import GRPOConfig
 from trainers.metrics import PhaseTimer, response_metrics, reward_metrics
+from trainers.prompt_order import PromptOrder
 from trainers.reward_calls import RewardFunction, require_columns
 from trainers.rewards import Rewards, RewardScorer
+from trainers.run_checkpoints import RunCheckpoints
 from trainers.trainer_actor import start_trainer_actor
 
 Row = Mapping[str, Any]
@@ -47,7 +48,11 @@ class GRPOTrainer:
     eval_rows: held-out rows with an `answer` (see answer_template) or `right_completions` (a text or list of texts).
     callbacks: called with the metrics of each step, and before the first step with those of step 0; `batch` and
     `environment` of this object then hold what belongs to them. on_phase is called with the name of each phase
-    ("rollout", "reward", "train", "weight_sync", "eval") as it begins.
+    ("rollout", "reward", "train", "weight_sync", "eval", "checkpoint") as it begins.
+    settings: what else the bits of the run depend on (the rewards, say), by name, which a resumed run must share.
+
+    With `config.resume`, `checkpoints.start` is where the run goes on (docs/checkpoints.md).
+    Raises ValueError for a mistake of the caller's, CheckpointError for a checkpoint that is not whole.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class GRPOTrainer:
         eval_rows: Sequence[Row] | None = None,
         callbacks: Sequence[Callback] = (),
         on_phase: Callable[[str], None] | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.config, self.engine_config = config, engine_config
         self.reward_functions = [reward_functions] if callable(reward_functions) else list(reward_functions)
@@ -70,12 +76,14 @@ class GRPOTrainer:
         self.sampling_params = SamplingParams(
             n=config.group_size, temperature=config.temperature, max_tokens=config.max_tokens, stop=config.stop
         )
+        self.checkpoints = RunCheckpoints(config, self.rows, settings)
         self.batch: Batch | None = None
         self.environment: dict[str, Any] = {}
 
     def train(self) -> list[dict[str, float]]:
         """Run every step; returns the metrics of each, step 0 (the untrained model) first.
 
+        A run that goes on from a checkpoint has the metrics of the steps after it, and no step 0.
         Ctrl-C and SIGTERM raise KeyboardInterrupt here, after engines and trainer have been shut down.
         """
         config = self.config
@@ -86,10 +94,13 @@ class GRPOTrainer:
             _trainer_actor(config, pool) as trainer,
         ):
             self.environment = self._environment(pool, trainer)
-            history = [self._report(self._evaluate(0, trainer))]
-            for step, rows in enumerate(self._batches(), start=1):
+            order = self._resume(pool, trainer)
+            history = [] if self.checkpoints.resumed else [self._report(self._evaluate(0, trainer))]
+            for step in range(self.checkpoints.start.step + 1, config.num_steps + 1):
+                rows = [self.rows[index] for index in order.take(config.num_prompts)]
                 metrics = self._step(step, rows, pool, trainer, scorer)
                 history.append(self._report(metrics | self._evaluate(step, trainer)))
+                self._save_checkpoint(step, order, trainer)  # after its metrics are out: a resume does not repeat them
             self._save_weights(trainer)
         return history
 
@@ -186,15 +197,29 @@ class GRPOTrainer:
             metrics |= {"eval/expected_reward": expected_reward, "timing_s/eval": timer.seconds["eval"]}
         return metrics
 
-    def _batches(self) -> Iterator[list[Row]]:
-        """The rows of each step: passes over the data set, each in a new order fixed by the seed."""
-        order_generator = random.Random(self.config.seed)
-        queue: list[Row] = []
-        for _ in range(self.config.num_steps):
-            while len(queue) < self.config.num_prompts:
-                queue.extend(order_generator.sample(self.rows, len(self.rows)))
-            yield queue[: self.config.num_prompts]
-            del queue[: self.config.num_prompts]
+    def _resume(self, pool: RolloutPool, trainer: Any) -> PromptOrder:
+        """Trainer, engines and the order of prompts as they were at the checkpoint to go on from, if there is one."""
+        info = pool.engine_info
+        self.checkpoints.require({
+            "kernel_fingerprint": info.kernel_fingerprint,
+            "model_checksum": info.weights_checksum.hex(),  # of the model that the run began with
+            "max_model_len": info.max_model_len,
+        })  # fmt: skip
+        self.checkpoints.load({"policy": lambda *saved: _ask(trainer.load_checkpoint, *saved)})
+        self._sync(pool, trainer, self.checkpoints.start.policy_version)
+        order = PromptOrder(len(self.rows), self.config.seed)
+        order.seek(self.checkpoints.start.prompt_position)
+        return order
+
+    def _save_checkpoint(self, step: int, order: PromptOrder, trainer: Any) -> None:
+        if self.checkpoints.is_due(step):
+            with PhaseTimer(self.on_phase)("checkpoint"):
+                self.checkpoints.save(
+                    step=step,
+                    prompt_position=order.position,
+                    parts={"policy": lambda directory: _ask(trainer.save_checkpoint, directory)},
+                    num_bytes=_ask(trainer.checkpoint_num_bytes),
+                )
 
     def _environment(self, pool: RolloutPool, trainer: Any) -> dict[str, Any]:
         return {

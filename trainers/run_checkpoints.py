@@ -35,10 +35,9 @@ class RunCheckpoints:
     def __init__(
         self, config: GRPOConfig, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any] | None = None
     ) -> None:
+        directory = config.checkpoint_dir
         self.config = config
-        self.folder = (
-            CheckpointFolder(config.checkpoint_dir, config.keep_checkpoints) if config.checkpoint_dir else None
-        )
+        self.folder = None if directory is None else CheckpointFolder(directory, config.keep_checkpoints)
         self.resumed = find_checkpoint(config.resume, directory)
         self.settings: dict[str, Any] = {}
         self.start = RunState(step=0, prompt_position=0)

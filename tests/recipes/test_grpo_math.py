@@ -1,110 +1,23 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-import uuid
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
+from running import ROOT, read_lines, start_run
 
-from engine import Completion, EngineConfig, LLMEngine, SamplingParams
 from recipes.data import NUM_HELD_OUT_SUMS, sums_problems
 from recipes.grpo_math import load, main, make_configs, with_right_completions
 from recipes.options import parse_options
 from recipes.rewards import exact_match, numeric
 from rollout.journal import read_journal
 from rollout.replay import replay
-
-ROOT = Path(__file__).parents[2]
-MARK = "LOCKSTEP_TEST_RUN"  # in the environment of a run and of every process that it starts
-DEADLINE = 280
-
-
-@dataclass
-class Run:
-    process: subprocess.Popen[str]
-    output_dir: Path
-    mark: str
-
-    def wait(self) -> str:
-        """The rest of what the run prints."""
-        return self.process.communicate(timeout=DEADLINE)[0]
-
-    def wait_for(self, text: str) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if text in line:
-                return
-        pytest.fail(f"the run ended with {self.process.wait()} and never printed {text!r}")
-
-    def processes(self) -> list[str]:
-        """Command lines of the run's processes that are still there."""
-        found = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                if f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append((entry / "cmdline").read_text().replace("\0", " "))
-            except OSError:  # it has ended meanwhile, or is another user's
-                continue
-        return found
-
-    def processes_after(self, seconds: float) -> list[str]:
-        """Those that are there still when `seconds` have passed."""
-        end = time.monotonic() + seconds
-        while self.processes() and time.monotonic() < end:
-            time.sleep(0.2)
-        return self.processes()
-
-
-def start_run(model: Path, dataset: str, output_dir: Path, *arguments: str) -> Run:
-    mark = uuid.uuid4().hex
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {MARK: mark}
-    command = [
-        sys.executable,
-        "-m",
-        "recipes.grpo_math",
-        "--model",
-        str(model),
-        "--dataset",
-        dataset,
-        "--output-dir",
-        str(output_dir),
-    ]
-    size = ["--num-prompts", "4", "--group-size", "8", "--max-tokens", "1", "--reward", "exact_match"]
-    process = subprocess.Popen(
-        [*command, *size, *arguments],
-        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    return Run(process, output_dir, mark)
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def likely_data(tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A JSONL file whose answers the tiny model gives now and then, so that groups of samples have spread."""
-    prompts = [f"{a} + {b} =" for a in range(8) for b in range(5)]
-    engine = LLMEngine(EngineConfig(str(tiny_model_dir())))
-    groups = engine.generate(prompts, SamplingParams(n=32, max_tokens=1, seed=1))
-    path = tmp_path_factory.mktemp("data") / "likely.jsonl"
-    rows = [{"prompt": prompt, "answer": most_common(group)} for prompt, group in zip(prompts, groups, strict=True)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def most_common(completions: list[Completion]) -> str:
-    texts = Counter(completion.text for completion in completions if completion.text.strip().isalnum())
-    return texts.most_common(1)[0][0] if texts else "none"
 
 
 def test_the_first_line_says_what_happens_before_anything_heavy_is_imported(tmp_path: Path):

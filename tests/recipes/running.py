@@ -1,0 +1,80 @@
+"""Runs of the recipe in processes of their own, for the tests that start, stop and kill them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MARK = "LOCKSTEP_TEST_RUN"  # in the environment of a run and of every process that it starts
+DEADLINE = 280
+
+
+@dataclass
+class Run:
+    process: subprocess.Popen[str]
+    output_dir: Path
+    mark: str
+
+    def wait(self) -> str:
+        """The rest of what the run prints."""
+        return self.process.communicate(timeout=DEADLINE)[0]
+
+    def wait_for(self, text: str) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if text in line:
+                return
+        pytest.fail(f"the run ended with {self.process.wait()} and never printed {text!r}")
+
+    def processes(self) -> list[str]:
+        """Command lines of the run's processes that are still there."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append((entry / "cmdline").read_text().replace("\0", " "))
+            except OSError:  # it has ended meanwhile, or is another user's
+                continue
+        return found
+
+    def processes_after(self, seconds: float) -> list[str]:
+        """Those that are there still when `seconds` have passed."""
+        end = time.monotonic() + seconds
+        while self.processes() and time.monotonic() < end:
+            time.sleep(0.2)
+        return self.processes()
+
+
+def start_run(model: Path, dataset: str, output_dir: Path, *arguments: str) -> Run:
+    mark = uuid.uuid4().hex
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {MARK: mark}
+    command = [
+        sys.executable,
+        "-m",
+        "recipes.grpo_math",
+        "--model",
+        str(model),
+        "--dataset",
+        dataset,
+        "--output-dir",
+        str(output_dir),
+    ]
+    size = ["--num-prompts", "4", "--group-size", "8", "--max-tokens", "1", "--reward", "exact_match"]
+    process = subprocess.Popen(
+        [*command, *size, *arguments],
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    return Run(process, output_dir, mark)
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
