@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 
 _HOMES = {
+    "CheckpointError": "trainers.checkpoint",
+    "CheckpointFolder": "trainers.checkpoint",
     "GRPOConfig": "trainers.grpo_config",
     "GRPOTrainer": "trainers.grpo",
     "LossOutput": "trainers.losses",
     "PackedBatch": "trainers.batch",
     "Policy": "trainers.policy",
+    "PromptOrder": "trainers.prompt_order",
     "RewardScorer": "trainers.rewards",
     "Rewards": "trainers.rewards",
     "episode_metrics": "trainers.episodes",

@@ -114,6 +114,28 @@ def test_the_same_seed_gives_the_same_run_whatever_the_engines(run, engine_confi
     assert token_ids == [[r.token_ids for r in group] for group in again.batch.groups]
 
 
+def test_a_run_goes_on_from_a_checkpoint_with_the_metrics_of_one_that_never_ended(run, engine_config, tmp_path):
+    saving = dataclasses.replace(CONFIG, num_steps=2, checkpoint_dir=str(tmp_path), checkpoint_every=1)
+    phases = []
+    first = GRPOTrainer(saving, engine_config, ROWS, has_letter_e, EVAL_ROWS, on_phase=phases.append)
+    assert bits_of(first.train()) == bits_of(run.history[:3])
+    assert phases.count("checkpoint") == 2
+
+    longer = dataclasses.replace(saving, num_steps=3, num_engines=2, resume="auto")
+    second = GRPOTrainer(longer, engine_config, ROWS, has_letter_e, EVAL_ROWS)
+    assert second.checkpoints.start.step == 2
+    assert bits_of(second.train()) == bits_of(run.history[3:])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000003"]
+    with pytest.raises(ValueError, match=r"step-000003 was made with .*seed=1 \(now 2\)"):
+        GRPOTrainer(dataclasses.replace(longer, seed=2), engine_config, ROWS, has_letter_e, EVAL_ROWS)
+
+
+def bits_of(history):
+    """Without what depends on time."""
+    timing = ("timing_s/", "perf/", "weight_sync/pause")
+    return [{name: value for name, value in metrics.items() if not name.startswith(timing)} for metrics in history]
+
+
 def test_threads_and_fingerprint_are_recorded(run):
     assert run.trainer.environment["engine"]["num_threads"] == 2
     assert run.trainer.environment["trainer"]["num_threads"] == 1
