@@ -63,6 +63,7 @@ class Progress:
     phase: str = "starting"
     started: float = field(default_factory=time.monotonic)
     first_step_started: float | None = None  # what the time left is reckoned from
+    first_step: int = 0  # the step that had been done then
     sample: tuple[str, str, float | None] | None = None  # prompt, completion and reward of one rollout
 
     def add(self, step: int, metrics: Metrics) -> None:
@@ -77,9 +78,10 @@ class Progress:
         return self.history[name][-1] if self.history.get(name) else None
 
     def seconds_left(self, now: float) -> float | None:
-        if self.first_step_started is None or not self.step:
+        num_done = self.step - self.first_step
+        if self.first_step_started is None or not num_done:
             return None
-        return (now - self.first_step_started) / self.step * (self.num_steps - self.step)
+        return (now - self.first_step_started) / num_done * (self.num_steps - self.step)
 
 
 class PlainDisplay:

@@ -33,10 +33,17 @@ def exit_code(recipe: Callable[[], None]) -> int:
 
 
 @contextlib.contextmanager
-def user_errors(until: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Inside, a ValueError is the user's to mend; not so once `until` says that the run has got going."""
+def user_errors(
+    until: Callable[[], bool] = lambda: False, always: type[Exception] | tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
+    """Inside, a ValueError is the user's to mend; not so once `until` says that the run has got going.
+
+    always: errors that are the user's to mend whenever they come, such as a full disk.
+    """
     try:
         yield
+    except always as error:
+        raise UserError(str(error)) from error
     except ValueError as error:
         if until():
             raise

@@ -21,9 +21,13 @@ from trainers.choices import (
     Correction,
     KLEstimator,
     KLPlace,
+    LoopMode,
     Objective,
     RatioLevel,
+    RunningSamples,
+    StaleGroups,
 )
+from trainers.schedule import LearningRateSchedule
 
 from .data import NUM_HELD_OUT_SUMS, SUMS
 from .display import DisplayMode
@@ -51,6 +55,8 @@ class DataOptions:
     """A system message before every prompt; needs --chat."""
     num_held_out: int = NUM_HELD_OUT_SUMS
     """Problems that are never trained on, to judge the run by (of a file or hub data set at most a tenth)."""
+    num_problems: int | None = None
+    """Problems to generate for a task of reasoning_gym. None is one for each prompt of the run's steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +73,8 @@ class SamplingOptions:
     """Longest completion in tokens. None is 5 for sums, else 256."""
     stop: tuple[str, ...] | None = None
     r"""Texts that end a completion; \n stands for a newline. None is a newline for sums, else nothing."""
+    overlong_buffer_tokens: int = 0
+    """The last tokens before max_tokens in which a completion's reward falls by up to 1 (DAPO); 0 takes nothing off."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +85,8 @@ class TrainingOptions:
     """AdamW's learning rate after warm-up."""
     warmup_steps: int = 3
     """Optimiser steps over which the learning rate rises linearly."""
+    learning_rate_schedule: LearningRateSchedule = "constant"
+    """After warm-up it stays, or falls to nothing at the run's end, on a line or half a cosine wave."""
     betas: tuple[float, float] = (0.9, 0.99)
     """AdamW's decay rates of the two moments."""
     weight_decay: float = 0.0
@@ -120,7 +130,9 @@ class TrainingOptions:
     micro_batch_tokens: int = 1024
     """Rows of one training forward; bounds its memory."""
     eval_every: int = 10
-    """Steps between measurements of the expected reward; it is always measured before the first and after the last."""
+    """Steps between evaluations; the first is before the first step, the last after the last."""
+    num_eval_samples: int = 0
+    """Samples of each held-out problem for eval/pass@1 and eval/pass@k; 0 measures the expected reward alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +147,24 @@ class GRPOTrainingOptions(TrainingOptions):
     """Compare a sample with the mean of its group, of its siblings alone (RLOO), or with nothing (REINFORCE++)."""
     skip_zero_std_groups: bool = True
     """Leave groups whose rewards are all equal out of the training forward; they teach nothing."""
+    max_refills: int = 0
+    """How often a step draws further prompts in place of groups whose rewards are all equal (DAPO)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopOptions:
+    """When samples are drawn, and under which version of the model (docs/asynchronous.md)."""
+
+    mode: LoopMode = "sync"
+    """Draw and train in turns, draw one batch ahead ("lagged", repeats to the bit), or draw all the time ("async")."""
+    max_staleness: int = 1
+    """With --mode lagged or async: how many versions a token lies behind when it is trained on, or may."""
+    on_stale: StaleGroups = "redraw"
+    """With --mode async: what is too old all the same is drawn again, or dropped, and counted."""
+    sync_mode: RunningSamples = "recompute"
+    """With --mode async: running samples go on exactly, on the keys and values they have, or end before a sync."""
+    check_stale_tokens: bool = True
+    """Compare older versions' tokens under their own weights: a forward and a copy of the weights for each version."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,6 +209,12 @@ class OutputOptions:
     """With --journal: of the versions kept, only so many of the latest stay. None is all."""
     tracker: TrackerName = "none"
     """Log the metrics to TensorBoard (under OUTPUT_DIR/trackers) or W&B as well; its package must be installed."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints, which --resume goes on from; the last step has one, too. 0 makes none."""
+    keep_checkpoints: int = 2
+    """Checkpoints that stay; older ones are removed after a new one is complete."""
+    resume: str | None = None
+    """A checkpoint to go on from, or "auto": the newest good one in --output-dir, or a new run if there is none."""
     display: DisplayMode = "auto"
     """A live panel, plain lines, or whichever suits the terminal."""
 
@@ -213,6 +249,7 @@ class Options:
     data: DataOptions = DataOptions()
     sampling: SamplingOptions = SamplingOptions()
     training: TrainingOptions = TrainingOptions()
+    loop: LoopOptions = LoopOptions()
     engine: EngineOptions = EngineOptions()
     output: OutputOptions = OutputOptions()
 
@@ -221,6 +258,12 @@ class Options:
             raise ValueError("system_prompt needs chat=True: a plain text prompt has no system message")
         if not self.output.journal and not (self.output.keep_weights_every is None and self.output.keep_last is None):
             raise ValueError("keep_weights_every and keep_last need journal=True: weights are kept beside a journal")
+        if self.resume == "auto" and self.output.output_dir is None:
+            raise ValueError("resume='auto' needs output_dir: the directory of the run to go on with")
+        if self.resume is not None and self.output.overwrite:
+            raise ValueError(f"resume={self.resume!r} and overwrite=True contradict each other: leave one of them out")
+        if self.data.num_problems is not None and self.data.num_problems < 1:
+            raise ValueError(f"num_problems={self.data.num_problems} must be at least 1")
         if self.output.num_logged_groups < 0:
             raise ValueError(f"num_logged_groups={self.output.num_logged_groups} must not be negative")
 
@@ -241,18 +284,28 @@ class Options:
             return ("\n",) if self.dataset == SUMS else ()
         return tuple(text.replace("\\n", "\n") for text in self.sampling.stop)
 
+    @property
+    def resume(self) -> str | None:
+        """What to go on from; None for a new run."""
+        return None if self.output.resume in (None, "none") else self.output.resume
+
+    @property
+    def num_problems(self) -> int:
+        return self.data.num_problems or max(1, self.num_steps * self.sampling.num_prompts)
+
     @classmethod
     def defaults(cls: type[AnyOptions], algorithm_name: str | None) -> AnyOptions:
         """Those under a published algorithm, where the recipe knows any."""
         return cls()
 
     def flat(self) -> dict[str, Any]:
-        """Every option by its name, without the groups; `max_tokens` and `stop` as they were settled."""
+        """Every option by its name, without the groups; those that others settle as they were settled."""
         values: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             values |= _flat_group(value) if dataclasses.is_dataclass(value) else {field.name: value}
-        return values | {"max_tokens": self.max_tokens, "stop": self.stop}
+        settled = ("max_tokens", "stop", "resume", "num_problems")
+        return values | {name: getattr(self, name) for name in settled}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

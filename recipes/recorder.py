@@ -12,7 +12,7 @@ from .report import Report
 from .run_directory import RunDirectory
 
 if TYPE_CHECKING:
-    from trainers.grpo import Batch
+    from trainers.loop import Batch
 
     from .trackers import Tracker
 
@@ -38,13 +38,15 @@ class Recorder:
         self.token_texts, self.tracker = token_texts, tracker
         self.progress = display.progress
         self.report = Report.read(run.path)
+        for line in run.history:  # of a run that is gone on with
+            self.progress.add(int(line["step"]), line)
 
     def record(self, metrics: Mapping[str, float], batch: Batch | None, environment: Mapping[str, Any]) -> None:
         """One step; step 0 is the untrained model's and has no batch. environment: facts of engine and trainer."""
         step = int(metrics["step"])
         if not self.run.has_metrics:
             self.run.write_environment(environment)
-            self.progress.first_step_started = time.monotonic()
+            self.progress.first_step_started, self.progress.first_step = time.monotonic(), step
         self.run.log_metrics(metrics)
         if self.tracker is not None:
             self.tracker.log(metrics)

@@ -29,8 +29,9 @@ from .display import (
 from .exits import EXIT_USER_ERROR, exit_code, user_errors
 from .options import Options, parse_options
 from .recorder import Recorder
+from .resuming import resumed_directory, settings_of_data, with_problems_of_run, words_of_resume
 from .rewards import RewardFunction, make_reward
-from .run_directory import RunDirectory, default_path
+from .run_directory import CHECKPOINTS, RunDirectory, default_path
 from .token_texts import TokenTexts
 from .trackers import Tracker, require_package
 
@@ -58,17 +59,31 @@ def run_recipe(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
 
 def train(recipe: Recipe, options: Options) -> None:
     """Trains as the options say and leaves the run's files in its output directory."""
+    from trainers.checkpoint import CheckpointError
+
     path = options.output.output_dir or default_path(options.dataset, time.localtime())
     say_what_happens(options, path)
 
-    with user_errors():
+    with user_errors(always=CheckpointError):
         require_package(options.output.tracker)
+        options = with_problems_of_run(options, path)
         problems = load(options)
         reward = make_reward(options.reward, options.dataset, problems.train_rows)
         held_out_rows = with_right_completions(problems.held_out_rows, reward, options)
         config_class, trainer_class = recipe.classes()
         config, engine_config = make_config(config_class, options, path), make_engine_config(options)
-        run = RunDirectory(path, options.output.overwrite)
+        run = None if options.resume else RunDirectory(path, options.output.overwrite)
+        trainer = trainer_class(
+            config,
+            engine_config,
+            problems.train_rows,
+            [reward],
+            eval_rows=held_out_rows,
+            callbacks=[lambda metrics: recorder.record(metrics, trainer.batch, trainer.environment)],
+            settings=settings_of_data(options, reward),
+        )
+        resumed, start = trainer.checkpoints.resumed, trainer.checkpoints.start
+        run = run or resumed_directory(path, resumed, start.step)
         run.write_config(options.flat())
         run.write_environment({})
 
@@ -76,13 +91,9 @@ def train(recipe: Recipe, options: Options) -> None:
     tracker = Tracker(options.output.tracker, path, options.flat())
     recorder = Recorder(run, display, options.output.num_logged_groups, TokenTexts(options.model), tracker)
 
-    def on_step(metrics: dict[str, float]) -> None:
-        recorder.record(metrics, trainer.batch, trainer.environment)
-
-    with contextlib.closing(run), display, user_errors(until=lambda: run.has_metrics):
-        trainer = trainer_class(
-            config, engine_config, problems.train_rows, [reward], eval_rows=held_out_rows, callbacks=[on_step]
-        )
+    with contextlib.closing(run), display, user_errors(until=lambda: run.has_metrics, always=CheckpointError):
+        if resumed:
+            display.note(words_of_resume(resumed, start.step, run))
         try:
             trainer.train()
         finally:
@@ -119,7 +130,7 @@ def load(options: Options) -> Problems:
     problems = load_problems(
         options.dataset,
         num_held_out=options.data.num_held_out,
-        num_rows=max(1, options.num_steps * options.sampling.num_prompts),
+        num_rows=options.num_problems,
         seed=options.seed,
         split=options.data.dataset_split,
         subset=options.data.dataset_subset,
@@ -166,6 +177,7 @@ def make_config(config_class: type, options: Options, path: Path) -> Any:
     outputs = {
         "output_dir": str(path) if options.output.save_weights else None,
         "journal_dir": str(path) if options.output.journal else None,
+        "checkpoint_dir": str(path / CHECKPOINTS) if options.output.checkpoint_every or options.resume else None,
     }
     return _configured(config_class, options.flat() | outputs)
 

@@ -7,6 +7,7 @@ rollouts.jsonl     samples of each step in readable form, with token ids and log
 report.html        curves and rollouts in one page for a browser; `python -m recipes.report OUTPUT_DIR` makes it again
 reward_curve.png   reward and expected reward over the steps
 trackers/          with --tracker: what TensorBoard or W&B reads
+checkpoints/       with --checkpoint-every: what --resume goes on from, written by the trainer
 weights/           the trained model in Hugging Face format, written by the trainer
 journal/           with --journal: every sample and every switch of weights, for `python -m rollout.replay OUTPUT_DIR`;
                    the versions kept for that are weights/vNNNNNN
@@ -31,33 +32,41 @@ import yaml
 
 METRICS, CONFIG, ENVIRONMENT = "metrics.jsonl", "config.yaml", "environment.json"
 ROLLOUTS, REWARD_CURVE, WEIGHTS, JOURNAL = "rollouts.jsonl", "reward_curve.png", "weights", "journal"
-REPORT, TRACKERS = "report.html", "trackers"
+REPORT, TRACKERS, CHECKPOINTS = "report.html", "trackers", "checkpoints"
 
 RECORDED_PACKAGES = ("torch", "numpy", "ray", "transformers", "accelerate", "datasets", "safetensors", "gguf",
                      "reasoning_gym", "math-verify", "tyro", "rich", "triton")  # fmt: skip
-NOT_REPEATED = ("config", "output_dir", "overwrite")  # options that belong to one run only
+NOT_REPEATED = ("config", "output_dir", "overwrite", "resume")  # options that belong to one run only
 GIT_SECONDS = 5
 
 
 class RunDirectory:
-    """One run's directory. Every line is on disk before the call that writes it returns, so a killed run loses none."""
+    """One run's directory. Every line is on disk before the call that writes it returns, so a killed run loses none.
 
-    def __init__(self, path: Path, overwrite: bool = False) -> None:
+    overwrite: remove the run that is there. after_step: go on with it; lines of later steps, which a killed run may
+    have written, are cut off, and `num_cut_lines` says how many.
+    Raises ValueError for a file, or a directory that holds a run where neither is given.
+    """
+
+    def __init__(self, path: Path, overwrite: bool = False, after_step: int | None = None) -> None:
         self.path = path
+        self.history: list[dict[str, Any]] = []  # the lines of metrics.jsonl
+        self.has_metrics = False  # whether this process has logged any
+        self.num_cut_lines = 0
         if path.exists() and not path.is_dir():
             raise ValueError(f"output_dir={str(path)!r} is a file; name a directory")
-        if (path / METRICS).exists():
+        if after_step is not None:
+            self._go_on(after_step)
+        elif (path / METRICS).exists():
             if not overwrite:
-                raise ValueError(f"{str(path)!r} holds a run already; name another --output-dir, or pass --overwrite")
+                raise ValueError(
+                    f"{str(path)!r} holds a run already; name another --output-dir, or pass --overwrite, or --resume "
+                    "auto if it left checkpoints"
+                )
             self._remove_run()
         path.mkdir(parents=True, exist_ok=True)
         self._files: dict[str, TextIO] = {}
-        self._history: list[dict[str, Any]] = []
         self._environment = environment()
-
-    @property
-    def has_metrics(self) -> bool:
-        return bool(self._history)
 
     def write_config(self, options: Mapping[str, Any]) -> None:
         """Writes the options that make up the run as --config reads them back."""
@@ -70,7 +79,8 @@ class RunDirectory:
 
     def log_metrics(self, metrics: Mapping[str, Any]) -> None:
         line = {name: _json_number(value) for name, value in metrics.items()}
-        self._history.append(line)
+        self.history.append(line)
+        self.has_metrics = True
         self._append(METRICS, [line])
 
     def log_rollouts(self, records: Iterable[Mapping[str, Any]]) -> None:
@@ -78,7 +88,7 @@ class RunDirectory:
 
     def draw_reward_curve(self, title: str) -> None:
         """Draws what metrics.jsonl holds; without a figure to draw it does nothing."""
-        draw_reward_curve(self._history, self.path / REWARD_CURVE, title)
+        draw_reward_curve(self.history, self.path / REWARD_CURVE, title)
 
     def close(self) -> None:
         for file in self._files.values():
@@ -91,16 +101,56 @@ class RunDirectory:
             self._files[name] = (self.path / name).open("a", encoding="utf-8", errors="backslashreplace")
         self._files[name].writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         self._files[name].flush()
+        os.fsync(self._files[name].fileno())  # a checkpoint must not outlive the lines of the steps before it
 
     def _write(self, name: str, text: str) -> None:
-        (self.path / name).write_text(text, encoding="utf-8")
+        partial = self.path / f"{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(self.path / name)
+
+    def _go_on(self, step: int) -> None:
+        for name in (METRICS, ROLLOUTS):
+            lines, num_cut = cut_back(self.path / name, step)
+            self.num_cut_lines += num_cut
+            if name == METRICS:
+                self.history = lines
 
     def _remove_run(self) -> None:
         """Removes a run's own files, and nothing else that may be there."""
         for name in (METRICS, CONFIG, ENVIRONMENT, ROLLOUTS, REWARD_CURVE, REPORT):
             (self.path / name).unlink(missing_ok=True)
-        for name in (WEIGHTS, JOURNAL, TRACKERS):
+        for name in (WEIGHTS, JOURNAL, TRACKERS, CHECKPOINTS):
             shutil.rmtree(self.path / name, ignore_errors=True)
+
+
+def cut_back(path: Path, step: int) -> tuple[list[dict[str, Any]], int]:
+    """Cuts a file of JSON lines in the order of their `step` after those of a step, or before one that is torn.
+
+    Returns the lines that stay, and how many were cut off. A file that is not there stays so.
+    """
+    if not path.exists():
+        return [], 0
+    lines, end = [], 0
+    with path.open("rb+") as file:
+        raw_lines = file.readlines()
+        for raw_line in raw_lines:
+            line = _parsed(raw_line)
+            if line is None or line["step"] > step:
+                break
+            lines.append(line)
+            end += len(raw_line)
+        file.truncate(end)
+    return lines, len(raw_lines) - len(lines)
+
+
+def ended_before_its_first_checkpoint(path: Path) -> bool:
+    """Whether the directory holds a run that makes checkpoints and has not come to its first one."""
+    try:
+        every = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8")).get("checkpoint_every", 0)
+        num_lines = (path / METRICS).read_bytes().count(b"\n")
+    except (OSError, yaml.YAMLError, AttributeError):
+        return False
+    return every > 0 and num_lines - 1 <= every  # step 0 has a line, too
 
 
 def default_path(dataset: str, now: time.struct_time) -> Path:
@@ -184,6 +234,14 @@ def running_mean(values: Sequence[float], decay: float = 0.8) -> list[float]:
 
 def _series(history: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
     return [(line["step"], line[name]) for line in history if line.get(name) is not None]
+
+
+def _parsed(raw_line: bytes) -> dict[str, Any] | None:
+    """None for what a killed process or machine left of a line."""
+    try:
+        return json.loads(raw_line) if raw_line.endswith(b"\n") else None
+    except ValueError:
+        return None
 
 
 def _json_number(value: Any) -> Any:

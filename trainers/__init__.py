@@ -7,6 +7,8 @@ import importlib
 _HOMES = {
     "ALGORITHMS": "trainers.algorithms",
     "Critic": "trainers.critic",
+    "CheckpointError": "trainers.checkpoint",
+    "CheckpointFolder": "trainers.checkpoint",
     "GRPOConfig": "trainers.grpo_config",
     "GRPOTrainer": "trainers.grpo",
     "LossOutput": "trainers.losses",
@@ -14,6 +16,7 @@ _HOMES = {
     "PPOTrainer": "trainers.ppo",
     "PackedBatch": "trainers.batch",
     "Policy": "trainers.policy",
+    "PromptOrder": "trainers.prompt_order",
     "RewardScorer": "trainers.rewards",
     "Rewards": "trainers.rewards",
     "algorithm": "trainers.algorithms",

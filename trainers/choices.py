@@ -1,4 +1,4 @@
-"""Choices: the closed sets of names that losses, advantages, corrections and their options share.
+"""Choices: the closed sets of names that loops, losses, advantages, corrections and their options share.
 
 It imports no torch, so that a command line can be parsed without it.
 """
@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+LoopMode = Literal["sync", "lagged", "async"]
+StaleGroups = Literal["drop", "redraw"]
+RunningSamples = Literal["recompute", "keep", "wait"]
 Objective = Literal["clip", "cispo", "reinforce"]
 RatioLevel = Literal["token", "sequence", "sequence-product"]
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from engine.checkpoint import resolve_model
@@ -13,9 +14,11 @@ from engine.model import NamedTensors, PackedLinear, Transformer
 from trainers.batch import PackedBatch
 from trainers.losses import LossOutput, value_loss
 from trainers.optimizer import MasterOptimizer
-from trainers.policy import load_transformer, packed_hidden
+from trainers.policy import load_transformer, packed_hidden, safetensors_errors
+from trainers.schedule import LearningRateSchedule
 
 HEAD_WEIGHT, HEAD_BIAS = "score.weight", "score.bias"
+WEIGHTS_FILE, OPTIMIZER_FILE = "critic.safetensors", "critic_optimizer.safetensors"  # of a checkpoint
 
 
 class ValueModel(nn.Module):
@@ -59,6 +62,8 @@ class Critic:
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
         warmup_steps: int = 0,
+        learning_rate_schedule: LearningRateSchedule = "constant",
+        num_optimizer_steps: int | None = None,
     ) -> None:
         self.model = ValueModel(load_transformer(resolve_model(model), numerics, with_masters=True))
         self.optimizer = MasterOptimizer(
@@ -70,6 +75,8 @@ class Critic:
             weight_decay=weight_decay,
             max_grad_norm=max_grad_norm,
             warmup_steps=warmup_steps,
+            learning_rate_schedule=learning_rate_schedule,
+            num_optimizer_steps=num_optimizer_steps,
         )
 
     @torch.no_grad()
@@ -121,3 +128,19 @@ class Critic:
         self.model.trunk.load_weights(tensors)
         self.model.head.write_rows(head[HEAD_WEIGHT].detach().float(), 0)
         self.model.head.bias.data.copy_(head[HEAD_BIAS])
+
+    def checkpoint_num_bytes(self) -> int:
+        """What `save_checkpoint` writes."""
+        return 3 * sum(parameter.nbytes for parameter in self.model.parameters())  # the weights and two moments
+
+    def save_checkpoint(self, directory: Path) -> None:
+        """Writes weights and optimiser; OSError where the disk does not take them."""
+        weights = {name: tensor.contiguous() for name, tensor in self.named_weights()}
+        with safetensors_errors():
+            save_file(weights, directory / WEIGHTS_FILE)
+            self.optimizer.save(directory / OPTIMIZER_FILE, dict(self.model.named_parameters()))
+
+    def load_checkpoint(self, directory: Path) -> None:
+        """Goes on, to the bit, from what `save_checkpoint` wrote; ValueError where it is another model's."""
+        self.load_weights(load_file(directory / WEIGHTS_FILE))
+        self.optimizer.load(directory / OPTIMIZER_FILE, dict(self.model.named_parameters()))

@@ -30,7 +30,7 @@ class GRPOTrainer(TrainingLoop):
         policy_version = crew.pool.policy_version
         drawn, rewards, num_refills = self._draw_with_spread(crew, timer)
         groups = [one.rollouts for one in drawn]
-        total = self.dealt_rewards(rewards, step)
+        total = self.scores(rewards, groups, step)
         advantages = self._advantages(total)
         with timer("train"):
             actor_metrics = ask(crew.trainer.step, *self._select(groups, total, advantages))

@@ -31,6 +31,10 @@ class GRPOConfig(ObjectiveConfig):
     check_all_groups: bool = True
     """Compare log-probabilities on the groups that are left out, too: the mismatch is then that of every token."""
 
+    @property
+    def updates_per_step(self) -> int:
+        return self.num_iterations
+
     @classmethod
     def for_algorithm(cls, name: str, **overrides: Any) -> GRPOConfig:
         """The settings of a published algorithm (algorithms.py), with `overrides` for any field.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +20,19 @@ from trainers.corrections import staleness_metrics
 from trainers.evaluation import Evaluator
 from trainers.loop_config import LoopConfig
 from trainers.metrics import PhaseTimer, response_metrics, reward_metrics
-from trainers.prompt_order import PromptOrder, Row
+from trainers.penalties import overlong_penalty
 from trainers.reward_calls import RewardFunction, require_columns
 from trainers.rewards import Rewards, RewardScorer
-from trainers.rollout_source import Drawn, InFlightSource, LaggedSource, RolloutSource, SynchronousSource
+from trainers.rollout_source import (
+    Drawn,
+    InFlightSource,
+    LaggedSource,
+    RolloutSource,
+    Row,
+    SourceState,
+    SynchronousSource,
+)
+from trainers.run_checkpoints import RunCheckpoints
 
 Callback = Callable[[dict[str, float]], None]
 
@@ -58,7 +67,11 @@ class TrainingLoop:
     eval_rows: held-out rows with an `answer` (see answer_template) or `right_completions` (a text or list of texts).
     callbacks: called with the metrics of each step, and before the first step with those of step 0; `batch` and
     `environment` of this object then hold what belongs to them. on_phase is called with the name of each phase
-    ("rollout", "reward", "train", "weight_sync", "eval") as it begins.
+    ("rollout", "reward", "train", "weight_sync", "eval", "checkpoint") as it begins.
+    settings: what else the bits of the run depend on (the rewards, say), by name, which a resumed run must share.
+
+    With `config.resume`, `checkpoints.start` is where the run goes on (docs/checkpoints.md).
+    Raises ValueError for a mistake of the caller's, CheckpointError for a checkpoint that is not whole.
     """
 
     def __init__(
@@ -70,6 +83,7 @@ class TrainingLoop:
         eval_rows: Sequence[Row] | None = None,
         callbacks: Sequence[Callback] = (),
         on_phase: Callable[[str], None] | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.config, self.engine_config = config, engine_config
         self.reward_functions = [reward_functions] if callable(reward_functions) else list(reward_functions)
@@ -80,23 +94,30 @@ class TrainingLoop:
         self.sampling_params = SamplingParams(
             n=config.group_size, temperature=config.temperature, max_tokens=config.max_tokens, stop=config.stop
         )
+        self.checkpoints = RunCheckpoints(config, self.rows, settings)
         self.batch: Batch | None = None
         self.environment: dict[str, Any] = {}
 
     def train(self) -> list[dict[str, float]]:
         """Run every step; returns the metrics of each, step 0 (the untrained model) first.
 
+        A run that goes on from a checkpoint has the metrics of the steps after it, and no step 0.
         Ctrl-C and SIGTERM raise KeyboardInterrupt here, after engines and trainer have been shut down.
         """
         with self._crew() as crew:
             self.environment = self._environment(crew)
-            history = [self._report(self._evaluate(0, crew))]
+            self._resume(crew)
+            history = [] if self.checkpoints.resumed else [self._report(self._evaluate(0, crew))]
             crew.source.fill()
-            for step in range(1, self.config.num_steps + 1):
+            for step in range(self.checkpoints.start.step + 1, self.config.num_steps + 1):
                 timer = PhaseTimer(self.on_phase)
                 metrics = self.train_step(step, crew, timer)
-                metrics |= {**self._sync(crew, metrics["policy_version"], timer), **timer.metrics()}
-                history.append(self._report(metrics | self._evaluate(step, crew)))
+                metrics |= self._sync(crew, metrics["policy_version"], timer)
+                untrained = crew.source.state() if self.checkpoints.is_due(step) else None
+                crew.source.fill()
+                history.append(self._report(metrics | timer.metrics() | self._evaluate(step, crew)))
+                if untrained is not None:  # after its metrics are out: a resumed run does not repeat them
+                    self._save_checkpoint(step, crew, untrained)
             self._save_weights(crew.trainer)
         return history
 
@@ -116,11 +137,18 @@ class TrainingLoop:
             rewards = crew.scorer.score([one.row for one in drawn], [one.rollouts for one in drawn])
         return drawn, rewards
 
-    def dealt_rewards(self, rewards: Rewards, step: int) -> torch.Tensor:
-        """The total rewards [P, G] to learn from, dealt out anew where the config says so."""
-        if not self.config.shuffle_rewards:
-            return rewards.total
-        return shuffle_rewards(rewards.total, torch.Generator().manual_seed(self.config.seed * 1_000_003 + step))
+    def scores(self, rewards: Rewards, groups: Sequence[Sequence[Rollout]], step: int) -> torch.Tensor:
+        """What is learned from [P, G]: total rewards, dealt out anew or less a penalty where the config says so."""
+        config, total = self.config, rewards.total
+        if config.shuffle_rewards:
+            total = shuffle_rewards(total, torch.Generator().manual_seed(config.seed * 1_000_003 + step))
+        if config.overlong_buffer_tokens:
+            lengths = [len(rollout.token_ids) for group in groups for rollout in group]
+            penalty = overlong_penalty(
+                lengths, max_tokens=config.max_tokens, buffer_tokens=config.overlong_buffer_tokens
+            )
+            total = total + penalty.reshape(total.shape)
+        return total
 
     def batch_metrics(self, batch: Batch, policy_version: int, timer: PhaseTimer) -> dict[str, float]:
         """Of what was drawn and what it was worth. policy_version: of the trainer before it learned from the batch."""
@@ -135,7 +163,7 @@ class TrainingLoop:
         }
 
     def _sync(self, crew: Crew, policy_version: int, timer: PhaseTimer) -> dict[str, float]:
-        """Hands new weights to the engines, if there are any, and lets them draw on."""
+        """Hands new weights to the engines, if there are any."""
         metrics: dict[str, float] = {}
         with timer("rollout"):
             crew.source.settle()
@@ -143,8 +171,30 @@ class TrainingLoop:
             if policy_version != crew.pool.policy_version:  # else the optimiser rested
                 report = ask(crew.trainer.sync, crew.source.sync_mode)
                 metrics = {"weight_sync/bytes": report.bytes, "weight_sync/pause_seconds": max(report.pause_seconds)}
-        crew.source.fill()
         return metrics
+
+    def _resume(self, crew: Crew) -> None:
+        """Trainer, engines and source as they were at the checkpoint to go on from, if there is one."""
+        info, start = crew.pool.engine_info, self.checkpoints.start
+        self.checkpoints.require({
+            "kernel_fingerprint": info.kernel_fingerprint,
+            "model_checksum": info.weights_checksum.hex(),  # of the model that the run began with
+            "max_model_len": info.max_model_len,
+        })  # fmt: skip
+        groups = self.checkpoints.load({"policy": lambda *saved: ask(crew.trainer.load_checkpoint, *saved)})
+        if start.policy_version != crew.pool.policy_version:
+            ask(crew.trainer.sync)
+        crew.source.restore(SourceState(position=start.prompt_position, groups=tuple(groups)))
+
+    def _save_checkpoint(self, step: int, crew: Crew, untrained: SourceState) -> None:
+        with PhaseTimer(self.on_phase)("checkpoint"):
+            self.checkpoints.save(
+                step=step,
+                prompt_position=untrained.position,
+                parts={"policy": lambda directory: ask(crew.trainer.save_checkpoint, directory)},
+                groups=untrained.groups,
+                num_bytes=ask(crew.trainer.checkpoint_num_bytes),
+            )
 
     def _evaluate(self, step: int, crew: Crew) -> dict[str, float]:
         """The figures of held-out prompts where they are due; step 0 always reports its number."""
@@ -192,7 +242,7 @@ class TrainingLoop:
 
     def _source(self, pool: RolloutPool) -> RolloutSource:
         config = self.config
-        arguments = (pool, PromptOrder(self.rows, config.seed), self.sampling_params, config.num_prompts)
+        arguments = (pool, self.rows, config.seed, self.sampling_params, config.num_prompts)
         if config.mode == "sync":
             return SynchronousSource(*arguments)
         if config.mode == "lagged":

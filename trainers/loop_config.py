@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from rollout.buffer import OnStale
-from trainers.rollout_source import LoopMode
+from trainers.choices import LoopMode, RunningSamples, StaleGroups, require_choice
+from trainers.schedule import LearningRateSchedule, check_schedule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,9 +25,9 @@ class LoopConfig:
     under new weights, and no token is more than max_staleness versions old."""
     max_staleness: int = 1
     """In the modes "lagged" and "async": how many versions a token lies behind, or may."""
-    on_stale: OnStale = "redraw"
+    on_stale: StaleGroups = "redraw"
     """In the mode "async": what is too old all the same is drawn again, or dropped, and counted."""
-    sync_mode: Literal["recompute", "keep", "wait"] = "recompute"
+    sync_mode: RunningSamples = "recompute"
     """In the mode "async": what becomes of running samples when new weights come, see RolloutPool.sync_weights."""
     check_stale_tokens: bool = True
     """Compare the log-probabilities of older versions' tokens too, each under its version: costs a forward for each
@@ -40,11 +39,16 @@ class LoopConfig:
     """Longest completion, in tokens."""
     stop: tuple[str, ...] = ("\n",)
     """Texts that end a completion; their tokens are trained."""
+    overlong_buffer_tokens: int = 0
+    """The last tokens before max_tokens in which a completion's reward falls by up to 1 (DAPO's soft overlong
+    punishment, arXiv 2503.14476, eq. 13); 0 takes nothing off."""
 
     learning_rate: float = 3e-6
     """AdamW's learning rate after warm-up."""
     warmup_steps: int = 3
     """Optimiser steps over which the learning rate rises linearly."""
+    learning_rate_schedule: LearningRateSchedule = "constant"
+    """After warm-up the learning rate stays, or falls to nothing at the run's end, on a line or half a cosine wave."""
     betas: tuple[float, float] = (0.9, 0.99)
     """AdamW's decay rates of the two moments."""
     weight_decay: float = 0.0
@@ -87,25 +91,53 @@ class LoopConfig:
     """Versions that it divides are kept in the journal's directory, to be drawn from again; None keeps none."""
     keep_last: int | None = None
     """Of the versions kept, only so many of the latest stay; None is all."""
+    checkpoint_dir: str | None = None
+    """Where checkpoints are left, from which a run that ended goes on (docs/checkpoints.md)."""
+    checkpoint_every: int = 0
+    """Steps from one checkpoint to the next; the last step has one, too. 0 makes none."""
+    keep_checkpoints: int = 2
+    """Complete checkpoints that stay; older ones are removed after a new one is complete."""
+    resume: str | None = None
+    """A checkpoint to go on from, or "auto": the newest good one in checkpoint_dir, if there is any."""
 
     def __post_init__(self) -> None:
         positive = ("num_prompts", "group_size", "max_tokens", "num_engines", "micro_batch_tokens", "max_staleness")
         for name in positive:
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         not_negative = ("num_steps", "warmup_steps", "eval_every", "weight_decay", "num_eval_samples")
-        for name in (*not_negative, "reward_processes"):
+        for name in (*not_negative, "reward_processes", "checkpoint_every"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
         for name in ("learning_rate", "max_grad_norm", "reward_timeout"):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
-        require_known("mode", self.mode, ("sync", "lagged", "async"))
-        require_known("on_stale", self.on_stale, ("drop", "redraw"))
-        require_known("sync_mode", self.sync_mode, ("recompute", "keep", "wait"))
+        buffer = self.overlong_buffer_tokens
+        require(
+            0 <= buffer <= self.max_tokens,
+            f"overlong_buffer_tokens={buffer} must be between 0 and max_tokens={self.max_tokens}",
+        )
+        require_choice("mode", self.mode, LoopMode)
+        require_choice("on_stale", self.on_stale, StaleGroups)
+        require_choice("sync_mode", self.sync_mode, RunningSamples)
         require(self.temperature > 0, f"temperature={self.temperature} must be above 0: greedy samples are all alike")
         if self.journal_dir is None:
             for name in ("keep_weights_every", "keep_last"):
                 require(getattr(self, name) is None, f"{name}={getattr(self, name)} needs a journal_dir")
         threads = self.num_threads
         require(threads is None or threads >= 1, f"num_threads={threads} must be at least 1, or None for every core")
+        check_schedule(self.learning_rate_schedule, self.num_optimizer_steps)
+        require(self.keep_checkpoints >= 1, f"keep_checkpoints={self.keep_checkpoints} must be at least 1")
+        if self.checkpoint_dir is None:
+            require(not self.checkpoint_every, f"checkpoint_every={self.checkpoint_every} needs a checkpoint_dir")
+            require(self.resume != "auto", "resume='auto' needs a checkpoint_dir to look in")
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimiser steps of the policy on one batch."""
+        raise NotImplementedError
+
+    @property
+    def num_optimizer_steps(self) -> int:
+        """Over the whole run, steps without anything to train on included."""
+        return self.num_steps * self.updates_per_step
 
     @property
     def max_lag(self) -> int:
@@ -116,7 +148,3 @@ class LoopConfig:
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
-
-
-def require_known(name: str, value: str, known: tuple[str, ...]) -> None:
-    require(value in known, f"{name}={value!r} must be one of {', '.join(map(repr, known))}")

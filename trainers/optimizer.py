@@ -1,12 +1,16 @@
-"""MasterOptimizer: AdamW over float32 masters, with a warm-up and a clipped gradient."""
+"""MasterOptimizer: AdamW over float32 masters, with a schedule and a clipped gradient."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+
+from trainers.optimizer_file import load_optimizer, save_optimizer
+from trainers.schedule import LearningRateSchedule, check_schedule, learning_rate_factor
 
 ParameterGroup = tuple[Iterable[nn.Parameter], float]
 """(masters, their learning rate after warm-up)."""
@@ -15,8 +19,8 @@ ParameterGroup = tuple[Iterable[nn.Parameter], float]
 class MasterOptimizer:
     """What Policy and Critic learn with; gradients add up until `step`.
 
-    The learning rate rises linearly over warmup_steps, the first step taking 1 / warmup_steps of it. The gradients of
-    all groups together are shortened to max_grad_norm.
+    The gradients of all groups together are shortened to max_grad_norm. learning_rate_schedule, warmup_steps and
+    num_optimizer_steps (which a falling schedule needs): see `learning_rate_factor`.
     """
 
     def __init__(
@@ -27,11 +31,15 @@ class MasterOptimizer:
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
         warmup_steps: int = 0,
+        learning_rate_schedule: LearningRateSchedule = "constant",
+        num_optimizer_steps: int | None = None,
     ) -> None:
+        check_schedule(learning_rate_schedule, num_optimizer_steps)
         masters = [list(parameters) for parameters, _ in groups]
         self.parameters = [parameter for group in masters for parameter in group]
         self.learning_rates = [learning_rate for _, learning_rate in groups]
         self.warmup_steps, self.max_grad_norm = warmup_steps, max_grad_norm
+        self.learning_rate_schedule, self.num_optimizer_steps = learning_rate_schedule, num_optimizer_steps
         self.accelerator = Accelerator(cpu=True)
         self.optimizer = self.accelerator.prepare(
             torch.optim.AdamW(
@@ -60,10 +68,31 @@ class MasterOptimizer:
                 f"gradient norm {grad_norm} at update {self.num_updates}: the weights were left as they were; lower "
                 f"learning_rate={self.learning_rates[0]} or look at the rewards"
             )
-        factor = min(1.0, (self.num_updates + 1) / max(1, self.warmup_steps))
+        factor = learning_rate_factor(
+            self.num_updates,
+            schedule=self.learning_rate_schedule,
+            warmup_steps=self.warmup_steps,
+            num_steps=self.num_optimizer_steps,
+        )
         for group, learning_rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
             group["lr"] = learning_rate * factor
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.num_updates += 1
         return grad_norm, self.learning_rates[0] * factor
+
+    def save(self, path: Path, parameters: Mapping[str, torch.Tensor], **counters: int) -> None:
+        """Writes moments and counters, num_updates among them; parameters: the masters by name, in their order."""
+        save_optimizer(path, self._adamw, parameters, {"num_updates": self.num_updates, **counters})
+
+    def load(self, path: Path, parameters: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        """Goes on from what `save` wrote; the counters. ValueError where it is another optimiser's, or not readable."""
+        counters = load_optimizer(path, self._adamw, parameters)
+        if "num_updates" not in counters:
+            raise ValueError(f"{path} is not a readable optimiser file: it does not say its num_updates")
+        self.num_updates = counters["num_updates"]
+        return counters
+
+    @property
+    def _adamw(self) -> torch.optim.AdamW:
+        return self.optimizer.optimizer  # accelerate's wrapper knows no parameter names

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 import kernels
 from engine.attention import PackedAttention
@@ -19,6 +21,9 @@ from engine.tokenizer import encode, load_tokenizer
 from trainers.batch import PackedBatch, pack_tokens
 from trainers.losses import LossOutput
 from trainers.optimizer import MasterOptimizer
+from trainers.schedule import LearningRateSchedule
+
+MODEL_FOLDER, OPTIMIZER_FILE = "model", "optimizer.safetensors"  # of a checkpoint
 
 LossFunction = Callable[[torch.Tensor, PackedBatch], LossOutput]
 """(trainer_logprobs [C] with gradient, batch) -> this batch's share of the loss."""
@@ -38,6 +43,9 @@ class Policy:
     model: a directory, hub id or GGUF file, as EngineConfig takes it. numerics: the profile of the forward pass, which
     must be the engine's; masters, gradients and optimiser are float32 in each. num_threads: CPU threads for both our
     kernels and torch's; None takes every core this process may use. The other settings are MasterOptimizer's.
+
+    `save_checkpoint` and `load_checkpoint` carry all that a Policy is from one process to another, to the bit: weights,
+    moments, policy_version, and the number of updates, which is the place in the schedule.
     """
 
     def __init__(
@@ -50,6 +58,8 @@ class Policy:
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
         warmup_steps: int = 3,
+        learning_rate_schedule: LearningRateSchedule = "constant",
+        num_optimizer_steps: int | None = None,
         num_threads: int | None = None,
     ) -> None:
         self.num_threads = num_threads or available_cores()
@@ -65,6 +75,8 @@ class Policy:
             weight_decay=weight_decay,
             max_grad_norm=max_grad_norm,
             warmup_steps=warmup_steps,
+            learning_rate_schedule=learning_rate_schedule,
+            num_optimizer_steps=num_optimizer_steps,
         )
         self.policy_version = 0  # of the weights as others may have them
 
@@ -99,6 +111,29 @@ class Policy:
         config = read_config_dict(self.directory)
         save_pretrained(Path(directory), config, self.named_weights(), self.tokenizer)
 
+    def checkpoint_num_bytes(self) -> int:
+        """What `save_checkpoint` writes, the tokenizer and other small files aside."""
+        return 3 * sum(parameter.nbytes for parameter in self.model.parameters())  # the weights and two moments
+
+    def save_checkpoint(self, directory: str | Path) -> None:
+        """Write weights (`model/`, in Hugging Face format, float32) and optimiser into an existing directory.
+
+        Raises OSError where the disk does not take them.
+        """
+        parameters = dict(self.model.named_parameters())
+        with safetensors_errors():
+            self.save_pretrained(Path(directory) / MODEL_FOLDER)
+            self.optimizer.save(Path(directory) / OPTIMIZER_FILE, parameters, policy_version=self.policy_version)
+
+    def load_checkpoint(self, directory: str | Path) -> None:
+        """Take weights, moments and policy_version from what `save_checkpoint` wrote.
+
+        Raises ValueError where they are another model's, or not readable; the policy is then not to be used any more.
+        """
+        self.model.load_weights(iter_weights(Path(directory) / MODEL_FOLDER))
+        counters = self.optimizer.load(Path(directory) / OPTIMIZER_FILE, dict(self.model.named_parameters()))
+        self.policy_version = counters["policy_version"]
+
     @torch.no_grad()
     def expected_reward(
         self, prompts: Sequence[Any], answers: Sequence[str | Sequence[str]], max_tokens: int = 1024
@@ -132,6 +167,15 @@ class Policy:
         if not ids or not all(ids):
             raise ValueError(f"answers={answers!r}: every right completion needs at least one token")
         return ids
+
+
+@contextmanager
+def safetensors_errors() -> Iterator[None]:
+    """What safetensors calls by a name of its own, such as a full disk, is the OSError that it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def load_transformer(directory: Path, numerics: str, with_masters: bool) -> Transformer:

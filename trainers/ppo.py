@@ -31,7 +31,7 @@ class PPOTrainer(TrainingLoop):
         policy_version = crew.pool.policy_version
         drawn, rewards = self.draw(crew, self.config.num_prompts, timer)
         groups = [one.rollouts for one in drawn]
-        scores = self.dealt_rewards(rewards, step) - self._penalties(groups)
+        scores = self.scores(rewards, groups, step) - self._penalties(groups)
         rollouts = [rollout for group in groups for rollout in group]
         with timer("train"):
             actor_metrics, advantages = ask(crew.trainer.step, rollouts, scores.flatten().tolist())

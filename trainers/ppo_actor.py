@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import torch
 
@@ -60,6 +61,8 @@ class PPOActor(TrainerActor):
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
             warmup_steps=config.warmup_steps,
+            learning_rate_schedule=config.learning_rate_schedule,
+            num_optimizer_steps=config.num_optimizer_steps,
         )
         self.num_steps = 0  # that the critic has learned from
 
@@ -96,6 +99,19 @@ class PPOActor(TrainerActor):
             "actor/num_rows": sum(batch.num_rows for visit in visits for batch in visit.batches),
             "policy_version": self.policy.policy_version,
         }, _mean_advantages(minibatches, len(rollouts))
+
+    def checkpoint_num_bytes(self) -> int:
+        return super().checkpoint_num_bytes() + self.critic.checkpoint_num_bytes()
+
+    def save_checkpoint(self, directory: str) -> dict[str, int]:
+        facts = super().save_checkpoint(directory)
+        self.critic.save_checkpoint(Path(directory))
+        return facts | {"num_steps": self.num_steps}
+
+    def load_checkpoint(self, directory: str, facts: Mapping[str, int]) -> None:
+        super().load_checkpoint(directory, facts)
+        self.critic.load_checkpoint(Path(directory))
+        self.num_steps = facts["num_steps"]
 
     @torch.no_grad()
     def _minibatches(

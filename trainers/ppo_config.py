@@ -47,6 +47,10 @@ class PPOConfig(ObjectiveConfig):
     check_all_groups: bool = True
     """Compare the log-probabilities of all minibatches before the first update, at the cost of a forward."""
 
+    @property
+    def updates_per_step(self) -> int:
+        return self.num_epochs * self.num_minibatches
+
     def __post_init__(self) -> None:
         ObjectiveConfig.__post_init__(self)  # slots rule out super() without arguments
         for name in ("num_epochs", "num_minibatches"):

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from engine.model import Transformer
 from trainers.batch import PackedBatch
 from trainers.objective_config import ObjectiveConfig
 from trainers.policy import Policy, load_transformer, packed_logprobs
+
+REFERENCE_FILE = "reference.safetensors"
 
 
 class Reference:
@@ -35,6 +38,16 @@ class Reference:
     def logprobs(self, batch: PackedBatch) -> torch.Tensor:
         """Its log-probabilities of the batch's targets, [C] float32."""
         return packed_logprobs(self.model, batch)
+
+    def save(self, directory: Path) -> None:
+        """Writes its weights, float32, if they move: else they are those that the run began with."""
+        if self.update_every:
+            save_file({name: one.contiguous() for name, one in self.model.named_weights()}, directory / REFERENCE_FILE)
+
+    def load(self, directory: Path) -> None:
+        """Goes on from what `save` wrote."""
+        if self.update_every:
+            self.model.load_weights(load_file(directory / REFERENCE_FILE))
 
     @torch.no_grad()
     def follow(self, policy: Policy) -> None:

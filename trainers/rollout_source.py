@@ -6,15 +6,16 @@ before it hands over the next weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 from rollout import PoolHandle, Rollout, SamplingParams
 from rollout.sync_report import SyncMode
-from trainers.prompt_order import PromptOrder, Row
+from trainers.prompt_order import PromptOrder
+from trainers.untrained_groups import UntrainedGroup
 
-LoopMode = Literal["sync", "lagged", "async"]
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +30,8 @@ class Drawn:
 class SourceState:
     """What a source has been asked for and has not given: with it another one goes on."""
 
-    position: int  # in the order of prompts
-    ready: tuple[list[Rollout], ...] = ()  # finished groups, in the order in which they are to be given
-    running: tuple[int, ...] = ()  # positions of prompts whose groups have not finished
+    position: int  # of the order of prompts
+    groups: tuple[UntrainedGroup, ...] = ()  # the finished ones first, in the order in which they are to be given
 
 
 class SynchronousSource:
@@ -39,18 +39,21 @@ class SynchronousSource:
 
     sync_mode: SyncMode = "recompute"
 
-    def __init__(self, pool: PoolHandle, order: PromptOrder, params: SamplingParams, num_prompts: int) -> None:
-        """params: of every prompt. num_prompts: groups that a step is made of, by which groups are named."""
-        self.pool, self.order, self.params, self.num_prompts = pool, order, params, num_prompts
+    def __init__(
+        self, pool: PoolHandle, rows: Sequence[Row], seed: int, params: SamplingParams, num_prompts: int
+    ) -> None:
+        """rows, seed: the data set, and what its order comes from. params: of every prompt. num_prompts: groups that a
+        step is made of, by which groups are named."""
+        self.pool, self.rows, self.order = pool, rows, PromptOrder(len(rows), seed)
+        self.params, self.num_prompts = params, num_prompts
 
     def fill(self) -> None:
         """Hands the engines what may be drawn from now on."""
 
     def take(self, num_groups: int) -> list[Drawn]:
         """The next groups."""
-        first = self.order.position
-        positions = range(first, first + num_groups)
-        rows, group_ids = self.order.take(num_groups), self._names(positions)
+        group_ids = self._names(range(self.order.position, self.order.position + num_groups))
+        rows = [self.rows[index] for index in self.order.take(num_groups)]
         groups = self.pool.generate([row["prompt"] for row in rows], self.params, group_ids=group_ids)
         return [Drawn(row=row, rollouts=group) for row, group in zip(rows, groups, strict=True)]
 
@@ -61,7 +64,7 @@ class SynchronousSource:
         """Waits for what must not see the next weights."""
 
     def state(self) -> SourceState:
-        """To be asked for between two steps."""
+        """For a checkpoint: to be asked for when the source is settled and not filled again."""
         return SourceState(position=self.order.position)
 
     def restore(self, state: SourceState) -> None:
@@ -74,14 +77,21 @@ class SynchronousSource:
 
     def _submit(self, positions: Sequence[int]) -> None:
         self.pool.submit(
-            [self.order.row(position)["prompt"] for position in positions],
+            [self._row(position)["prompt"] for position in positions],
             self.params,
             group_ids=self._names(positions),
             metadata=[{"position": position} for position in positions],
         )
 
     def _drawn(self, groups: Sequence[list[Rollout]]) -> list[Drawn]:
-        return [Drawn(row=self.order.row(group[0].metadata["position"]), rollouts=group) for group in groups]
+        return [Drawn(row=self._row(_position(group[0].metadata)), rollouts=group) for group in groups]
+
+    def _row(self, position: int) -> Row:
+        return self.rows[self.order.index_at(position)]
+
+    def _untrained(self, rollouts: list[Rollout]) -> UntrainedGroup:
+        first = rollouts[0]
+        return UntrainedGroup(position=_position(first.metadata), group_id=first.group_id, rollouts=tuple(rollouts))
 
 
 class LaggedSource(SynchronousSource):
@@ -90,9 +100,15 @@ class LaggedSource(SynchronousSource):
     """
 
     def __init__(
-        self, pool: PoolHandle, order: PromptOrder, params: SamplingParams, num_prompts: int, lag: int
+        self,
+        pool: PoolHandle,
+        rows: Sequence[Row],
+        seed: int,
+        params: SamplingParams,
+        num_prompts: int,
+        lag: int,
     ) -> None:
-        super().__init__(pool, order, params, num_prompts)
+        super().__init__(pool, rows, seed, params, num_prompts)
         self.lag = lag
         self._ready: list[list[Rollout]] = []
         self._num_taken = 0  # groups, of all that were asked for
@@ -116,14 +132,13 @@ class LaggedSource(SynchronousSource):
             self._ready += self.pool.collect(num_left)
 
     def state(self) -> SourceState:
-        """After `settle` and before `fill`: nothing runs."""
         assert len(self._ready) == self.order.position - self._num_taken, "groups are still being drawn"
-        return SourceState(position=self.order.position, ready=tuple(self._ready))
+        return SourceState(position=self.order.position, groups=tuple(map(self._untrained, self._ready)))
 
     def restore(self, state: SourceState) -> None:
         self.order.seek(state.position)
-        self._ready = list(state.ready)
-        self._num_taken = state.position - len(state.ready)
+        self._ready = [list(group.rollouts or ()) for group in state.groups]
+        self._num_taken = state.position - len(state.groups)
 
 
 class InFlightSource(SynchronousSource):
@@ -133,9 +148,15 @@ class InFlightSource(SynchronousSource):
     """
 
     def __init__(
-        self, pool: PoolHandle, order: PromptOrder, params: SamplingParams, num_prompts: int, sync_mode: SyncMode
+        self,
+        pool: PoolHandle,
+        rows: Sequence[Row],
+        seed: int,
+        params: SamplingParams,
+        num_prompts: int,
+        sync_mode: SyncMode,
     ) -> None:
-        super().__init__(pool, order, params, num_prompts)
+        super().__init__(pool, rows, seed, params, num_prompts)
         self.sync_mode = sync_mode
 
     def fill(self) -> None:
@@ -156,18 +177,24 @@ class InFlightSource(SynchronousSource):
 
     def state(self) -> SourceState:
         buffered = self.pool.buffered()
-        return SourceState(
-            position=self.order.position,
-            ready=tuple(buffered.ready),
-            running=tuple(group.metadata["position"] for group in buffered.running),
-        )
+        running = [
+            UntrainedGroup(position=_position(group.metadata), group_id=group.request.group_id)
+            for group in buffered.running
+        ]
+        return SourceState(position=self.order.position, groups=(*map(self._untrained, buffered.ready), *running))
 
     def restore(self, state: SourceState) -> None:
         """What had not finished is drawn anew, under the weights in force now."""
         self.order.seek(state.position)
-        self.pool.put_back(state.ready)
-        if state.running:
-            self._submit(state.running)
+        self.pool.put_back([list(group.rollouts) for group in state.groups if group.rollouts is not None])
+        running = [group.position for group in state.groups if group.rollouts is None]
+        if running:
+            self._submit(running)
+
+
+def _position(metadata: Mapping[str, Any]) -> int:
+    """Of a submitted group's prompt in the order."""
+    return metadata["position"]
 
 
 RolloutSource = SynchronousSource

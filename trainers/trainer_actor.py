@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,7 +20,7 @@ from trainers.corrections import token_staleness
 from trainers.metrics import mismatch_metrics
 from trainers.objective import Targets, batch_loss, make_targets
 from trainers.objective_config import ObjectiveConfig
-from trainers.policy import Policy
+from trainers.policy import Policy, safetensors_errors
 from trainers.reference import Reference
 from trainers.version_history import Compared, VersionHistory
 
@@ -38,6 +39,8 @@ class TrainerActor:
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
             warmup_steps=config.warmup_steps,
+            learning_rate_schedule=config.learning_rate_schedule,
+            num_optimizer_steps=config.num_optimizer_steps,
             num_threads=config.num_threads,
         )
         self.reference = Reference.from_config(config, self.policy.directory, numerics) if config.kl_coef else None
@@ -56,6 +59,38 @@ class TrainerActor:
 
     def save_pretrained(self, directory: str) -> None:
         self.policy.save_pretrained(directory)
+
+    def checkpoint_num_bytes(self) -> int:
+        """About what save_checkpoint writes."""
+        return self.policy.checkpoint_num_bytes() + self.history.num_bytes
+
+    def save_checkpoint(self, directory: str) -> dict[str, int]:
+        """Write this actor's part of a checkpoint into a directory; returns what load_checkpoint wants back with it.
+
+        Raises OSError where the disk does not take it.
+        """
+        self.policy.save_checkpoint(directory)
+        with safetensors_errors():
+            self.history.save(Path(directory))
+            if self.reference:
+                self.reference.save(Path(directory))
+        return {"policy_version": self.policy.policy_version, "num_skipped_steps": self.num_skipped_steps}
+
+    def load_checkpoint(self, directory: str, facts: Mapping[str, int]) -> None:
+        """Go on, to the bit, from what save_checkpoint wrote and returned. Raises ValueError if it is another model's.
+
+        The engines still have the weights that they started with: call sync().
+        """
+        self.policy.load_checkpoint(directory)
+        self.history.load(Path(directory))
+        if self.reference:
+            self.reference.load(Path(directory))
+        self.num_skipped_steps = facts["num_skipped_steps"]
+        if self.policy.policy_version != facts["policy_version"]:
+            raise ValueError(
+                f"{directory} holds an optimiser of policy version {self.policy.policy_version} and a state of version "
+                f"{facts['policy_version']}: its files were put together from two checkpoints"
+            )
 
     def environment(self) -> dict[str, Any]:
         """What fixes this side's bits and speed."""

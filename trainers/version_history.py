@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from engine.model import Transformer
 from rollout import Rollout
 from trainers.batch import pack_micro_batches
 from trainers.policy import load_transformer, packed_logprobs
+
+_FILE = "history-v"
 
 Compared = tuple[torch.Tensor, torch.Tensor]
 """(the trainer's log-probabilities, the engine's) of the same tokens, each [num_tokens] float32."""
@@ -32,6 +36,26 @@ class VersionHistory:
         self._models[place].load_weights(model.named_weights())
         self._versions[place] = policy_version
 
+    @property
+    def num_bytes(self) -> int:
+        """What `save` writes at most."""
+        return sum(4 * prod(shape) for model in self._models for shape in model.weight_shapes().values())
+
+    def save(self, directory: Path) -> None:
+        """Writes each version's weights, float32, as `history-vN.safetensors`, for a checkpoint."""
+        for version, model in zip(self._versions, self._models, strict=True):
+            if version is not None:
+                save_file(
+                    {name: tensor.contiguous() for name, tensor in model.named_weights()}, _file(directory, version)
+                )
+
+    def load(self, directory: Path) -> None:
+        """Takes the versions that `save` wrote, the latest as far as there is room."""
+        versions = sorted(int(path.stem.removeprefix(_FILE)) for path in directory.glob(f"{_FILE}*.safetensors"))
+        for place, version in enumerate(versions[::-1][: len(self._models)]):
+            self._models[place].load_weights(load_file(_file(directory, version)))
+            self._versions[place] = version
+
     @torch.no_grad()
     def compare(self, rollouts: Sequence[Rollout], max_tokens: int, share_prompts: bool) -> list[Compared]:
         """The tokens of rollouts that were drawn under a version kept here, under that version.
@@ -46,3 +70,7 @@ class VersionHistory:
                 logprobs = packed_logprobs(model, batch)
                 compared.append((logprobs[is_of_version], batch.rollout_logprobs[is_of_version]))
         return compared
+
+
+def _file(directory: Path, version: int) -> Path:
+    return directory / f"{_FILE}{version}.safetensors"

@@ -1,9 +1,11 @@
-"""Runs of a recipe in a process of its own, as a user starts them."""
+"""Runs of a recipe in processes of their own, for the tests that start, stop and kill them."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -35,16 +37,25 @@ class Run:
                 return
         pytest.fail(f"the run ended with {self.process.wait()} and never printed {text!r}")
 
+    def kill(self) -> int:
+        """SIGKILL to the main process, and an end to all that it leaves; returns its exit code.
+
+        Engines and trainer have nobody left and end by themselves. Two agents of Ray's may stay: they are ended here.
+        """
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.wait()
+        end = time.monotonic() + 30
+        while (left := self._processes()) and time.monotonic() < end and not all(map(is_agent, left.values())):
+            time.sleep(0.1)
+        assert all(map(is_agent, left.values())), left
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return self.process.returncode
+
     def processes(self) -> list[str]:
         """Command lines of the run's processes that are still there."""
-        found = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                if f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append((entry / "cmdline").read_text().replace("\0", " "))
-            except OSError:  # it has ended meanwhile, or is another user's
-                continue
-        return found
+        return list(self._processes().values())
 
     def processes_after(self, seconds: float) -> list[str]:
         """Those that are there still when `seconds` have passed."""
@@ -52,6 +63,21 @@ class Run:
         while self.processes() and time.monotonic() < end:
             time.sleep(0.2)
         return self.processes()
+
+    def _processes(self) -> dict[int, str]:
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
+            except OSError:  # it has ended meanwhile, or is another user's
+                continue
+        return found
+
+
+def is_agent(command_line: str) -> bool:
+    """Whether it is one of those that a raylet starts to serve its node."""
+    return command_line.startswith(("ray::DashboardAgent", "ray::RuntimeEnvAgent"))
 
 
 def start_run(recipe: str, model: Path, dataset: str, output_dir: Path, *arguments: str) -> Run:

@@ -51,6 +51,15 @@ def test_a_users_mistake_is_one_line(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().err == "error: num_steps=-1 must not be negative\n"
 
 
+def test_what_is_always_the_users_to_mend_is_one_line_whenever_it_comes(capsys: pytest.CaptureFixture[str]):
+    def recipe() -> None:
+        with user_errors(until=lambda: True, always=OSError):
+            raise OSError("the disk is full")
+
+    assert exit_code(recipe) == 2
+    assert capsys.readouterr().err == "error: the disk is full\n"
+
+
 def test_other_errors_keep_their_traceback():
     def fail() -> None:
         raise ValueError("broken")

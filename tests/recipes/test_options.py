@@ -158,6 +158,20 @@ def test_a_system_prompt_without_chat_is_refused(capsys: pytest.CaptureFixture[s
     assert "needs" in capsys.readouterr().err
 
 
+def test_a_resume_needs_a_place_and_keeps_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    here = ["--output-dir", str(tmp_path)]
+    for arguments, message in (
+        (["--resume", "auto"], "output_dir"),
+        ([*here, "--resume", "x", "--overwrite"], "contradict"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_options(arguments)
+        assert message in capsys.readouterr().err
+    assert parse_options([*here, "--resume", "auto"]).resume == "auto"
+    assert parse_options(["--resume", "none"]).resume is None
+    assert parse_options([]).flat()["resume"] is None
+
+
 def test_help_explains_every_option(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "100")  # wider, the panels stand side by side
     with pytest.raises(SystemExit) as exit_info:
@@ -207,8 +221,8 @@ def test_options_name_the_trainers_and_the_engines_fields():
     of_neither = options.keys() - {f.name for f in (*dataclasses.fields(GRPOConfig), *dataclasses.fields(EngineConfig))}
     assert of_neither == {
         "algorithm", "dataset", "reward", "dry_run", "config", "dataset_subset", "dataset_split", "prompt_column",
-        "answer_column", "chat", "system_prompt", "num_held_out", "overwrite", "num_logged_groups", "save_weights",
-        "journal", "display", "tracker",
+        "answer_column", "chat", "system_prompt", "num_held_out", "num_problems", "overwrite", "num_logged_groups",
+        "save_weights", "journal", "display", "tracker",
     }  # fmt: skip
 
 

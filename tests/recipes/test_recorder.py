@@ -13,7 +13,7 @@ from recipes.recorder import NUM_MISMATCH_TOKENS, Recorder
 from recipes.report import from_files
 from recipes.run_directory import RunDirectory
 from rollout import Rollout, SamplingParams
-from trainers.grpo import Batch
+from trainers.loop import Batch
 from trainers.rewards import Rewards
 
 ENVIRONMENT = {"trainer": {"kernel_fingerprint": "abc"}}
@@ -120,3 +120,22 @@ def test_no_rollouts_are_kept_where_none_are_wanted(tmp_path: Path):
     kept.record({"step": 1}, batch(), ENVIRONMENT)
     assert not (tmp_path / "rollouts.jsonl").exists() or not (tmp_path / "rollouts.jsonl").read_text()
     assert kept.progress.sample is not None
+
+
+def test_a_run_that_goes_on_is_shown_and_summed_up_as_a_whole(tmp_path: Path):
+    first = recorder(tmp_path)
+    first.record({"step": 0, EXPECTED_REWARD: 0.25}, None, ENVIRONMENT)
+    first.record({"step": 1, MISMATCH: 0.0, NUM_MISMATCH_TOKENS: 100}, batch(), ENVIRONMENT)
+    progress = Progress(title="tiny on sums", num_steps=3, output_dir=str(tmp_path))
+    display = PlainDisplay(progress, Console(file=io.StringIO()))
+    second = Recorder(RunDirectory(tmp_path, after_step=1), display, 1)
+    assert progress.step == 1
+    second.record({"step": 2, EXPECTED_REWARD: 0.5, MISMATCH: 0.0, NUM_MISMATCH_TOKENS: 10}, batch(), ENVIRONMENT)
+    assert second.summary()[:2] == [
+        "expected reward 0.250 -> 0.500",
+        "largest difference of log-probabilities 0.0, over 110 tokens",
+    ]
+    assert json.loads((tmp_path / "environment.json").read_text())["trainer"] == ENVIRONMENT["trainer"]
+    assert progress.seconds_left(progress.first_step_started + 8.0) is None  # no step since has been timed
+    second.record({"step": 3}, batch(), ENVIRONMENT)
+    assert progress.seconds_left(progress.first_step_started + 8.0) == 0.0

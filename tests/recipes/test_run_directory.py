@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from recipes.run_directory import RunDirectory, default_path, environment, git_commit, running_mean
+from recipes.run_directory import (
+    RunDirectory,
+    default_path,
+    ended_before_its_first_checkpoint,
+    environment,
+    git_commit,
+    running_mean,
+)
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -52,6 +59,49 @@ def test_a_run_is_not_overwritten_unless_asked(tmp_path: Path):
         RunDirectory(tmp_path)
     RunDirectory(tmp_path, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def write_lines(path: Path, steps: list[int]) -> None:
+    path.write_text("".join(json.dumps({"step": step, "reward/mean": step / 10}) + "\n" for step in steps))
+
+
+def test_a_run_goes_on_after_a_step_and_what_was_written_beyond_is_cut_off(tmp_path: Path):
+    write_lines(tmp_path / "metrics.jsonl", [0, 1, 2, 3, 4])
+    write_lines(tmp_path / "rollouts.jsonl", [1, 1, 2, 2, 3, 3, 4])
+    with (tmp_path / "rollouts.jsonl").open("a") as file:
+        file.write('{"step": 4, "completion": "cut of')
+    run = RunDirectory(tmp_path, after_step=2)
+    assert run.num_cut_lines == 2 + 4
+    assert [line["step"] for line in run.history] == [0, 1, 2]
+    assert not run.has_metrics  # of this process
+    run.log_metrics({"step": 3, "reward/mean": 0.5})
+    assert run.has_metrics
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert [line["step"] for line in read_lines(tmp_path / "rollouts.jsonl")] == [1, 1, 2, 2]
+
+
+def test_a_torn_line_is_cut_off_even_if_it_is_the_last_to_keep(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}')
+    assert RunDirectory(tmp_path, after_step=5).num_cut_lines == 1
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n'
+    assert RunDirectory(tmp_path / "new", after_step=5).history == []
+
+
+@pytest.mark.parametrize(
+    ("num_lines", "config", "expected"),
+    [
+        (3, "checkpoint_every: 2\n", True), (0, "checkpoint_every: 2\n", True), (4, "checkpoint_every: 2\n", False),
+        (1, "checkpoint_every: 0\n", False), (1, "num_steps: 3\n", False), (1, "[", False), (1, None, False),
+    ],
+)  # fmt: skip
+def test_only_a_run_that_was_to_make_checkpoints_and_made_none_counts_as_ended_early(
+    tmp_path: Path, num_lines: int, config: str | None, expected: bool
+):
+    write_lines(tmp_path / "metrics.jsonl", list(range(num_lines)))
+    if config is not None:
+        (tmp_path / "config.yaml").write_text(config)
+    assert ended_before_its_first_checkpoint(tmp_path) is expected
+    assert not ended_before_its_first_checkpoint(tmp_path / "absent")
 
 
 def test_a_file_is_no_output_directory(tmp_path: Path):

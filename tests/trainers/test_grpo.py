@@ -128,6 +128,28 @@ def test_the_same_seed_gives_the_same_run_whatever_the_engines(run, engine_confi
     assert token_ids == [[r.token_ids for r in group] for group in again.batch.groups]
 
 
+def test_a_run_goes_on_from_a_checkpoint_with_the_metrics_of_one_that_never_ended(run, engine_config, tmp_path):
+    saving = dataclasses.replace(CONFIG, num_steps=2, checkpoint_dir=str(tmp_path), checkpoint_every=1)
+    phases = []
+    first = GRPOTrainer(saving, engine_config, ROWS, has_letter_e, EVAL_ROWS, on_phase=phases.append)
+    assert bits_of(first.train()) == bits_of(run.history[:3])
+    assert phases.count("checkpoint") == 2
+
+    longer = dataclasses.replace(saving, num_steps=3, num_engines=2, resume="auto")
+    second = GRPOTrainer(longer, engine_config, ROWS, has_letter_e, EVAL_ROWS)
+    assert second.checkpoints.start.step == 2
+    assert bits_of(second.train()) == bits_of(run.history[3:])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000003"]
+    with pytest.raises(ValueError, match=r"step-000003 was made with .*seed=1 \(now 2\)"):
+        GRPOTrainer(dataclasses.replace(longer, seed=2), engine_config, ROWS, has_letter_e, EVAL_ROWS)
+
+
+def bits_of(history):
+    """Without what depends on time."""
+    timing = ("timing_s/", "perf/", "weight_sync/pause")
+    return [{name: value for name, value in metrics.items() if not name.startswith(timing)} for metrics in history]
+
+
 def test_threads_and_fingerprint_are_recorded(run):
     assert run.trainer.environment["engine"]["num_threads"] == 2
     assert run.trainer.environment["trainer"]["num_threads"] == 1
@@ -242,6 +264,7 @@ def processes_with_environment(entry: str) -> list[str]:
         {"micro_batch_tokens": 0}, {"num_steps": -1}, {"warmup_steps": -1}, {"eval_every": -1}, {"kl_coef": -0.1},
         {"learning_rate": 0.0}, {"max_grad_norm": 0.0}, {"clip_low": 0.0}, {"clip_low": 1.5}, {"clip_high": 0.0},
         {"temperature": 0.0}, {"num_threads": 0}, {"reward_timeout": 0.0}, {"reward_processes": -1},
+        {"checkpoint_every": -1}, {"checkpoint_every": 2}, {"keep_checkpoints": 0},
     ],
 )  # fmt: skip
 def test_wrong_settings_are_named(field):

@@ -241,3 +241,24 @@ def test_threads_and_fingerprint_are_recorded(start, engine):
     environment = start(num_threads=2).environment()
     assert environment["num_threads"] == environment["num_torch_threads"] == 2
     assert environment["kernel_fingerprint"] == engine.kernel_fingerprint
+
+
+def test_a_trainer_goes_on_from_its_checkpoint_bit_for_bit(start, engine, draw, tmp_path):
+    settings = {"num_iterations": 2, "num_steps": 4, "learning_rate_schedule": "linear", "kl_coef": 0.1}
+    trainer = start(**settings)
+    rollouts = draw()
+    trainer.step(rollouts, advantages_of(rollouts))
+    trainer.step([], [])
+    facts = trainer.save_checkpoint(str(tmp_path))
+    assert facts == {"policy_version": 2, "num_skipped_steps": 1}
+    assert trainer.checkpoint_num_bytes() <= sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+    trainer.sync()
+    rollouts = draw()
+    expected = trainer.step(rollouts, advantages_of(rollouts))
+
+    resumed = start(**settings)
+    resumed.load_checkpoint(str(tmp_path), facts)
+    assert resumed.step(rollouts, advantages_of(rollouts)) == expected
+    assert expected["actor/lr"] < CONFIG.learning_rate
+    with pytest.raises(ValueError, match=r"policy version 2 and a state of version 7: its files were put together"):
+        start(**settings).load_checkpoint(str(tmp_path), facts | {"policy_version": 7})

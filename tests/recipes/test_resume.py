@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from recipe_runs import Run, read_lines, start_run
+
+from rollout.journal import read_journal
+from rollout.replay import replay
+
+LEARNING = ["--learning-rate", "1e-3", "--warmup-steps", "2", "--num-iterations", "2", "--micro-batch-tokens", "64"]
+SETTINGS = [*LEARNING, "--eval-every", "3", "--seed", "5", "--kl-coef", "0.05", "--num-threads", "1"]
+DIED = -signal.SIGKILL
+
+
+def figures(path: Path) -> list[dict]:
+    """metrics.jsonl without what depends on the clock."""
+    timing = ("timing_s/", "perf/", "weight_sync/pause_seconds")
+    lines = read_lines(path / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if not name.startswith(timing)} for line in lines]
+
+
+def assert_same_run(path: Path, expected: Path, num_steps: int) -> None:
+    assert [line["step"] for line in figures(path)] == list(range(num_steps + 1))
+    assert figures(path) == figures(expected)
+    assert len({line.get("actor/pg_loss") for line in figures(path)}) > 2, "nothing was learned that could differ"
+    last = f"checkpoints/step-{num_steps:06d}"
+    files = ("rollouts.jsonl", "weights/model.safetensors", f"{last}/model/model.safetensors")
+    for name in (*files, f"{last}/optimizer.safetensors"):
+        assert (path / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+def kill_after(run: Run, step: int, seconds: float, num_steps: int) -> int:
+    run.wait_for(f"step {step:>{len(str(num_steps))}}/")
+    time.sleep(seconds)
+    return run.kill()
+
+
+def kill_in_a_checkpoint(run: Run, seconds: float) -> int:
+    """Kills while a checkpoint is written, or soon after it if the machine is faster than this loop."""
+    while run.process.poll() is None and not list(run.output_dir.glob("checkpoints/.partial-step-*")):
+        time.sleep(0.001)
+    time.sleep(seconds)
+    return run.kill()
+
+
+@pytest.fixture
+def chance(request: pytest.FixtureRequest) -> random.Random:
+    seed = int.from_bytes(os.urandom(4), "little")
+    print(f"kills are drawn with seed {seed}")  # shown if the test fails
+    return random.Random(seed)
+
+
+def test_a_run_killed_at_a_random_step_and_in_a_checkpoint_goes_on_as_if_nothing_had_been(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], likely_data: str, chance: random.Random
+):
+    num_steps = 6
+    arguments = [*SETTINGS, "--num-steps", str(num_steps), "--checkpoint-every", "2"]
+    undisturbed = start_run("grpo_math", tiny_model_dir(), likely_data, tmp_path / "expected", *arguments)
+    printed = undisturbed.wait()
+    assert undisturbed.process.returncode == 0, printed
+
+    def resume() -> Run:
+        return start_run("grpo_math", tiny_model_dir(), likely_data, tmp_path / "run", *arguments, "--resume", "auto")
+
+    assert kill_after(resume(), chance.randrange(num_steps), chance.random() / 2, num_steps) == DIED
+    assert kill_in_a_checkpoint(resume(), chance.random() / 20) == DIED
+    run = resume()
+    printed = run.wait()
+    assert run.process.returncode == 0, printed
+    assert_same_run(tmp_path / "run", tmp_path / "expected", num_steps)
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
+    assert "resume" not in yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+
+    refused = resume_with(run, likely_data, tiny_model_dir(), arguments, "--clip-low", "0.3", "--reward", "numeric")
+    assert "error: the checkpoint " in refused
+    assert "clip_low=0.2 (now 0.3), reward='exact_match' (now 'numeric')" in refused
+    assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == num_steps + 1
+
+
+def resume_with(run: Run, data: str, model: Path, arguments: list[str], *others: str) -> str:
+    again = start_run("grpo_math", model, data, run.output_dir, *arguments, "--resume", "auto", *others)
+    printed = again.wait()
+    assert again.process.returncode == 2, printed
+    assert "Traceback" not in printed
+    return printed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_run_killed_over_and_over_goes_on_to_the_same_end(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], likely_data: str, chance: random.Random
+):
+    num_steps = 30
+    arguments = [*SETTINGS, "--num-steps", str(num_steps), "--learning-rate-schedule", "cosine", "--journal"]
+    arguments += ["--checkpoint-every", "3", "--keep-weights-every", "1"]
+    assert start_run("grpo_math", tiny_model_dir(), likely_data, tmp_path / "expected", *arguments).wait()
+
+    def resume() -> Run:
+        engines = str(chance.choice((1, 2)))
+        others = ["--resume", "auto", "--num-engines", engines]
+        return start_run("grpo_math", tiny_model_dir(), likely_data, tmp_path / "run", *arguments, *others)
+
+    for number in range(8):
+        run = resume()
+        if number % 2:
+            kill_in_a_checkpoint(run, chance.random() / 20)
+        else:
+            time.sleep(chance.uniform(5, 40))
+            run.kill()
+    run = resume()
+    printed = run.wait()
+    assert run.process.returncode == 0, printed
+    assert_same_run(tmp_path / "run", tmp_path / "expected", num_steps)
+    report = replay(read_journal(run.output_dir))
+    assert not report.differences
+    assert not report.not_replayable
