@@ -56,22 +56,13 @@ class RunCheckpoints:
         """Gives every part what it saved; returns the groups that were drawn or asked for and not trained on.
 
         From here on the run's own checkpoints follow: those of later steps are set aside. A run from the start loads
-        nothing.
+        nothing. Raises CheckpointError for a checkpoint that has other parts.
         """
-        if self.folder is not None and self.config.checkpoint_every:
-            self.folder.set_aside_after(self.start.step)
-        if self.resumed is None:
-            return []
-        if self.start.parts.keys() != parts.keys():
-            raise CheckpointError(
-                f"{self.resumed} has the parts {sorted(self.start.parts)}, and this run needs {sorted(parts)}: go on "
-                "with the trainer that wrote it"
-            )
-        for name, load_part in parts.items():
-            load_part(str(self.resumed), self.start.parts[name])
-        logger.info("going on from %s, after step %d", self.resumed, self.start.step)
-        groups = self.resumed / UNTRAINED_GROUPS
-        return read_groups(groups) if groups.exists() else []
+        groups = [] if self.resumed is None else self._load(self.resumed, parts)
+        if self.folder is not None and (self.resumed is not None or self.config.checkpoint_every):
+            is_own = self.resumed is not None and self.resumed.parent == self.folder.directory
+            self.folder.set_aside_after(self.start.step if is_own else 0)
+        return groups
 
     def is_due(self, step: int) -> bool:
         every = self.config.checkpoint_every
@@ -103,3 +94,15 @@ class RunCheckpoints:
             RunState(step=step, prompt_position=prompt_position, settings=self.settings, parts=facts).write(directory)
         logger.info("checkpoint of step %d written in %.1f s", step, time.perf_counter() - began)
         return self.folder.path(step)
+
+    def _load(self, checkpoint: Path, parts: Mapping[str, LoadPart]) -> list[UntrainedGroup]:
+        if self.start.parts.keys() != parts.keys():
+            raise CheckpointError(
+                f"{checkpoint} has the parts {sorted(self.start.parts)}, and this run needs {sorted(parts)}: go on "
+                "with the trainer that wrote it"
+            )
+        for name, load_part in parts.items():
+            load_part(str(checkpoint), self.start.parts[name])
+        logger.info("going on from %s, after step %d", checkpoint, self.start.step)
+        groups = checkpoint / UNTRAINED_GROUPS
+        return read_groups(groups) if groups.exists() else []

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,24 +81,19 @@ def is_agent(command_line: str) -> bool:
     return command_line.startswith(("ray::DashboardAgent", "ray::RuntimeEnvAgent"))
 
 
-def start_run(recipe: str, model: Path, dataset: str, output_dir: Path, *arguments: str) -> Run:
-    """Starts `python -m recipes.{recipe}` on a tiny model, with samples of one token."""
+def start_run(
+    recipe: str, model: Path, dataset: str, output_dir: Path, *arguments: str, within: Sequence[str] = ()
+) -> Run:
+    """Starts `python -m recipes.{recipe}` on a tiny model, with samples of one token.
+
+    within: a command that runs the one given after its own arguments.
+    """
     mark = uuid.uuid4().hex
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {MARK: mark}
-    command = [
-        sys.executable,
-        "-m",
-        f"recipes.{recipe}",
-        "--model",
-        str(model),
-        "--dataset",
-        dataset,
-        "--output-dir",
-        str(output_dir),
-    ]
+    options = ["--model", str(model), "--dataset", dataset, "--output-dir", str(output_dir)]
     size = ["--num-prompts", "4", "--group-size", "8", "--max-tokens", "1", "--reward", "exact_match"]
     process = subprocess.Popen(
-        [*command, *size, *arguments],
+        [*within, sys.executable, "-m", f"recipes.{recipe}", *options, *size, *arguments],
         cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     return Run(process, output_dir, mark)

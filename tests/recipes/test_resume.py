@@ -121,3 +121,35 @@ def test_a_run_killed_over_and_over_goes_on_to_the_same_end(
     report = replay(read_journal(run.output_dir))
     assert not report.differences
     assert not report.not_replayable
+
+
+FULL_DISK = """
+    mount -t tmpfs -o size=2m tmpfs "$0" || exit 77
+    "$@"; echo "ended with $?"; ls "$0/run/checkpoints"
+    mount -o remount,size=20m "$0"
+    "$@" --resume auto; echo "ended with $?"; ls "$0/run/checkpoints"
+    cat "$0/run/metrics.jsonl" > "$0.metrics"
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_a_run_with_a_clear_error_and_more_room_lets_it_go_on(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], likely_data: str
+):
+    disk = tmp_path / "disk"  # a checkpoint takes 1.2 MB of it
+    disk.mkdir()
+    run = start_run(
+        tiny_model_dir(), likely_data, disk / "run", *SETTINGS, "--num-steps", "3", "--checkpoint-every", "1",
+        within=["unshare", "-rm", "sh", "-c", FULL_DISK, str(disk)],
+    )  # fmt: skip
+    printed = run.wait()
+    if run.process.returncode:
+        pytest.skip("no tmpfs may be mounted here")
+    assert "Traceback" not in printed
+    full, more_room = printed.split("ended with 2\nstep-000001\n")
+    assert "error: the checkpoint of step 2 cannot be written" in full
+    assert "Make room there, keep fewer (keep_checkpoints=2)" in full
+    assert "going on from " in more_room
+    assert "step-000001, after step 1; 17 lines of later steps were cut off" in more_room
+    assert more_room.endswith("ended with 0\nstep-000002\nstep-000003\n")
+    assert [line["step"] for line in read_lines(tmp_path / "disk.metrics")] == [0, 1, 2, 3]

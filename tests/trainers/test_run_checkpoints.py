@@ -105,6 +105,15 @@ def test_later_checkpoints_are_set_aside_once_the_run_goes_on(config):
     assert new.folder.steps() == []  # a new run: nothing here is its own
 
 
+def test_a_run_that_goes_on_from_anothers_checkpoint_owns_nothing_that_its_folder_holds(config, tmp_path):
+    path = saved(config, 15).folder.path(15)
+    other = dataclasses.replace(config, checkpoint_dir=str(tmp_path / "other"))
+    saved(other, 5, 20)
+    checkpoints = resumed(other, str(path))
+    checkpoints.load({"policy": Part("policy").load})
+    assert (checkpoints.start.step, checkpoints.folder.steps()) == (15, [])
+
+
 def test_settings_that_change_bits_must_stay_and_all_that_differ_are_named(config):
     path = saved(config, 5).folder.path(5)
     with pytest.raises(

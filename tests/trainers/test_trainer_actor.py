@@ -168,13 +168,13 @@ def test_stale_rollouts_are_held_against_the_policy_before_its_update_and_weighe
     trainer = start(learning_rate=1e-2)
     rollouts = draw()
     batches = [pack(rollouts, advantages_of(rollouts))]
-    (fresh,), metrics = trainer._targets(batches, rollouts)
+    (fresh,), metrics = trainer._targets(batches, rollouts, None)
     assert fresh.correction is None
     assert torch.equal(fresh.old_logprobs, batches[0].rollout_logprobs)
     assert metrics == {}
 
     trainer.step(rollouts, advantages_of(rollouts))  # they are one version behind now
-    (stale,), metrics = trainer._targets(batches, rollouts)
+    (stale,), metrics = trainer._targets(batches, rollouts, None)
     with torch.no_grad():
         assert torch.equal(stale.old_logprobs, trainer.policy.token_logprobs(batches[0]))
     behaviour, mask = batches[0].rollout_logprobs, batches[0].loss_mask
@@ -250,7 +250,7 @@ def test_a_trainer_goes_on_from_its_checkpoint_bit_for_bit(start, engine, draw, 
     trainer.step(rollouts, advantages_of(rollouts))
     trainer.step([], [])
     facts = trainer.save_checkpoint(str(tmp_path))
-    assert facts == {"policy_version": 2, "num_skipped_steps": 1}
+    assert facts == {"policy_version": 1, "num_skipped_steps": 1}
     assert trainer.checkpoint_num_bytes() <= sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
     trainer.sync()
     rollouts = draw()
@@ -260,5 +260,5 @@ def test_a_trainer_goes_on_from_its_checkpoint_bit_for_bit(start, engine, draw, 
     resumed.load_checkpoint(str(tmp_path), facts)
     assert resumed.step(rollouts, advantages_of(rollouts)) == expected
     assert expected["actor/lr"] < CONFIG.learning_rate
-    with pytest.raises(ValueError, match=r"policy version 2 and a state of version 7: its files were put together"):
+    with pytest.raises(ValueError, match=r"policy version 1 and a state of version 7: its files were put together"):
         start(**settings).load_checkpoint(str(tmp_path), facts | {"policy_version": 7})
