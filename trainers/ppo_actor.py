@@ -87,7 +87,7 @@ class PPOActor(TrainerActor):
             compared, metrics = compared + fresh, metrics | policy_metrics
         else:
             compared += self._compare_rest(rollouts, [])
-        metrics |= self._train_critic(visits)
+        metrics = self._train_critic(visits) | metrics  # values and returns stay those before the updates
         self.num_steps += bool(visits)
         self.num_skipped_steps += not visits
         return {

@@ -111,7 +111,7 @@ class TrainerActor:
         self,
         batches: Sequence[PackedBatch],
         rollouts: Sequence[Rollout],
-        reference_logprobs: Sequence[torch.Tensor] | None,
+        reference_logprobs: Sequence[torch.Tensor] | None = None,
     ) -> tuple[list[Targets], dict[str, float]]:
         """What the tokens are held against through every update; a forward more where rollouts are stale."""
         is_stale = bool(token_staleness(rollouts, self.policy.policy_version).any())

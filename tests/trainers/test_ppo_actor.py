@@ -146,6 +146,8 @@ def test_the_critic_explains_a_toy_reward_after_a_few_steps(start, draw):
 def test_advantages_are_given_back_as_they_were_before_whitening(start, draw):
     rollouts = draw()
     metrics, advantages = start(gamma=1.0, gae_lambda=1.0).step(rollouts, scores_of(rollouts))
+    assert metrics["critic/values_mean"] == 0.0
+    assert metrics["critic/returns_mean"] == metrics["advantages/mean"]
     assert advantages == scores_of(rollouts)  # values are 0 at first
     of_tokens = [score for one, score in zip(rollouts, advantages, strict=True) for _ in one.token_ids]
     assert metrics["advantages/mean"] == pytest.approx(sum(of_tokens) / len(of_tokens))
