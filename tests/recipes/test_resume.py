@@ -139,7 +139,7 @@ def test_a_full_disk_ends_a_run_with_a_clear_error_and_more_room_lets_it_go_on(
     disk = tmp_path / "disk"  # a checkpoint takes 1.2 MB of it
     disk.mkdir()
     run = start_run(
-        tiny_model_dir(), likely_data, disk / "run", *SETTINGS, "--num-steps", "3", "--checkpoint-every", "1",
+        "grpo_math", tiny_model_dir(), likely_data, disk / "run", *SETTINGS, "--num-steps", "3", "--checkpoint-every", "1",
         within=["unshare", "-rm", "sh", "-c", FULL_DISK, str(disk)],
     )  # fmt: skip
     printed = run.wait()
