@@ -84,6 +84,35 @@ def test_a_run_killed_at_a_random_step_and_in_a_checkpoint_goes_on_as_if_nothing
     assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == num_steps + 1
 
 
+@pytest.mark.parametrize("mode", ["lagged", "async"])
+def test_a_run_whose_engines_draw_ahead_loses_nothing_that_was_drawn(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], likely_data: str, chance: random.Random, mode: str
+):
+    """Drawn one batch ahead, it goes on to the bit; drawn all the time, no group is lost or comes twice."""
+    num_steps = 6
+    arguments = [*SETTINGS, "--num-steps", str(num_steps), "--checkpoint-every", "1", "--mode", mode]
+    arguments += ["--num-logged-groups", "4", "--max-staleness", "2"]
+
+    def run_to(directory: Path, *others: str) -> Run:
+        return start_run("grpo_math", tiny_model_dir(), likely_data, directory, *arguments, *others)
+
+    assert kill_after(run_to(tmp_path / "run"), chance.randrange(1, num_steps), chance.random() / 2, num_steps) == DIED
+    run = run_to(tmp_path / "run", "--resume", "auto")
+    printed = run.wait()
+    assert run.process.returncode == 0, printed
+    lines = figures(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(num_steps + 1))
+    assert all(line["mismatch/logprob_abs_diff_max"] == 0.0 for line in lines[1:] if line["mismatch/num_tokens"])
+    assert all(line["staleness/max"] <= 2 for line in lines[1:])
+    samples = [(line["group_id"], line["index"]) for line in read_lines(tmp_path / "run" / "rollouts.jsonl")]
+    assert len(samples) == len(set(samples)) == num_steps * 4 * 8
+    if mode == "lagged":
+        assert {group_id for group_id, _ in samples} == {f"step{s}-prompt{p}" for s in range(1, 7) for p in range(4)}
+        expected = run_to(tmp_path / "expected")
+        assert expected.wait()
+        assert_same_run(tmp_path / "run", tmp_path / "expected", num_steps)
+
+
 def resume_with(run: Run, data: str, model: Path, arguments: list[str], *others: str) -> str:
     again = start_run("grpo_math", model, data, run.output_dir, *arguments, "--resume", "auto", *others)
     printed = again.wait()
@@ -139,7 +168,8 @@ def test_a_full_disk_ends_a_run_with_a_clear_error_and_more_room_lets_it_go_on(
     disk = tmp_path / "disk"  # a checkpoint takes 1.2 MB of it
     disk.mkdir()
     run = start_run(
-        "grpo_math", tiny_model_dir(), likely_data, disk / "run", *SETTINGS, "--num-steps", "3", "--checkpoint-every", "1",
+        "grpo_math", tiny_model_dir(), likely_data, disk / "run",
+        *SETTINGS, "--num-steps", "3", "--checkpoint-every", "1",
         within=["unshare", "-rm", "sh", "-c", FULL_DISK, str(disk)],
     )  # fmt: skip
     printed = run.wait()

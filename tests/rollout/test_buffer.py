@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from types import SimpleNamespace
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from engine import SamplingParams
-from rollout import EngineError, RolloutPool
+from rollout import Buffered, EngineError, RolloutPool
 from rollout.buffer import RolloutBuffer, StalenessLimit
 
 PARAMS = SamplingParams(n=2, max_tokens=12, ignore_eos=True)
@@ -81,6 +82,59 @@ def test_what_is_too_old_is_drawn_again_and_counted(pool, numbers, make_weights)
     assert group[0].group_id == group_id
     assert versions([group]) == {pool.policy_version}
     assert pool.buffer_stats().num_stale_redrawn == before + 1
+
+
+def test_what_was_discarded_makes_room_before_the_next_version(pool, numbers, make_weights):
+    pool.sync_weights(make_weights(5), pool.policy_version + 1)
+    submit(pool, numbers, 6)
+    pool.collect(6)
+    assert pool.capacity() == 0
+    pool.discard(2)
+    assert pool.capacity() == 2
+    pool.discard(9)
+    assert pool.capacity() == 6
+
+
+def test_another_handle_goes_on_with_what_was_not_collected(pool, numbers, make_weights):
+    """As a run does that is taken up from a checkpoint."""
+    pool.sync_weights(make_weights(6), pool.policy_version + 1)
+    finished = submit(pool, numbers, 2)
+    while pool.buffer_stats().num_ready < 2:
+        time.sleep(0.01)
+    [running] = submit(pool, numbers, params=LONG)
+    buffered = pool.buffered()
+    assert [group[0].group_id for group in buffered.ready] == finished
+    assert [group.request.group_id for group in buffered.running] == [running]
+    other = pool.handle()
+    other.put_back(buffered.ready)
+    assert other.buffered() == Buffered(ready=buffered.ready, running=[])
+    assert other.collect(2) == buffered.ready == pool.collect(2)
+    pool.abort([running])
+    pool.collect(1)
+
+
+def test_groups_that_are_put_back_grow_old_like_others(pool, numbers, make_weights):
+    pool.sync_weights(make_weights(7), pool.policy_version + 1)
+    [group_id] = submit(pool, numbers)
+    [group] = pool.collect(1)
+    other = pool.handle()
+    other.put_back([group])
+    for seed in (8, 9):
+        pool.sync_weights(make_weights(seed), pool.policy_version + 1)
+    [redrawn] = other.collect(1)  # max_staleness is 1
+    assert redrawn[0].group_id == group_id
+    assert redrawn[0].prompt_token_ids == group[0].prompt_token_ids
+    assert versions([redrawn]) == {pool.policy_version}
+
+
+def test_too_many_groups_and_those_of_other_kernels_are_not_put_back(pool, numbers):
+    submit(pool, numbers)
+    [group] = pool.collect(1)
+    with pytest.raises(ValueError, match=r"7 groups are more than the \d that may be submitted now"):
+        pool.handle().put_back([group] * 7)
+    others = [dataclasses.replace(rollout, kernel_fingerprint="another") for rollout in group]
+    with pytest.raises(ValueError, match="fingerprint another, this pool's is"):
+        pool.handle().put_back([others])
 
 
 def test_groups_come_in_the_order_of_submission_and_late_ones_stay(pool, numbers):
