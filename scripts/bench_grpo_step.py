@@ -23,6 +23,8 @@ class Options:
     """As the recipe's --model."""
     numerics: tuple[Numerics, ...] = ("float32", "bfloat16-dot")
     """Lockstep's profiles to time."""
+    with_unshared: bool = False
+    """Time Lockstep without sharing a group's prompt in the training forward, too."""
     num_prompts: int = 8
     """Prompts of a step."""
     group_size: int = 8
@@ -40,16 +42,17 @@ class Options:
     output: Path | None = None
     """Where to write all figures, as JSON."""
 
-    @property
-    def job(self) -> str:
+    def job(self, share_prompts: bool = True) -> str:
         """What the contenders are told."""
         names = ("num_prompts", "group_size", "max_tokens", "learning_rate", "peer_batch_size")
-        return json.dumps({name: getattr(self, name) for name in names} | {"num_steps": self.repetitions + 1})
+        job = {name: getattr(self, name) for name in names}
+        return json.dumps(job | {"num_steps": self.repetitions + 1, "share_prompts": share_prompts})
 
 
 def main(options: Options) -> None:
     console = Console()
-    contenders, ours = make_contenders(options), [our_name(numerics) for numerics in options.numerics]
+    contenders = make_contenders(options)
+    ours = [our_name(numerics, share_prompts) for numerics, share_prompts in our_variants(options)]
     results: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     details: list[dict[str, Any]] = []
     with started(contenders, console):
@@ -67,19 +70,33 @@ def main(options: Options) -> None:
         write_json(options.output, "grpo_step", options, figures)
 
 
-def our_name(numerics: str) -> str:
-    return f"Lockstep {numerics}"
+def our_variants(options: Options) -> list[tuple[Numerics, bool]]:
+    """(profile, whether prompts are shared) of each of Lockstep's contenders."""
+    return [
+        (one, shared) for one in options.numerics for shared in ((True, False) if options.with_unshared else (True,))
+    ]
+
+
+def our_name(numerics: str, share_prompts: bool) -> str:
+    return f"Lockstep {numerics}{'' if share_prompts else ', unshared'}"
 
 
 def make_contenders(options: Options) -> list[Contender]:
     contenders = [
-        Contender(our_name(numerics), "lockstep_grpo_step.py", options.model, numerics, options.job, is_ours=True)
-        for numerics in options.numerics
+        Contender(
+            our_name(numerics, shared),
+            "lockstep_grpo_step.py",
+            options.model,
+            numerics,
+            options.job(shared),
+            is_ours=True,
+        )
+        for numerics, shared in our_variants(options)
     ]
     if options.peer_python:
         directory = model_directory(options.model)
         contenders.append(
-            Contender("TRL float32", "trl_grpo_step.py", directory, options.job, python=options.peer_python)
+            Contender("TRL float32", "trl_grpo_step.py", directory, options.job(), python=options.peer_python)
         )
     return contenders
 

@@ -27,6 +27,7 @@ def main(model: str, numerics: str, job: dict[str, Any]) -> None:
         stop=(),
         learning_rate=job["learning_rate"],
         skip_zero_std_groups=False,  # the peer trains on every sample, so this does too
+        share_prompts=job["share_prompts"],
         eval_every=0,
     )
     started = 0.0
