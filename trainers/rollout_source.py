@@ -110,7 +110,7 @@ class LaggedSource(SynchronousSource):
     ) -> None:
         super().__init__(pool, rows, seed, params, num_prompts)
         self.lag = lag
-        self._ready: list[list[Rollout]] = []
+        self._finished: dict[int, list[Rollout]] = {}  # by position, what was not taken
         self._num_taken = 0  # groups, of all that were asked for
 
     def fill(self) -> None:
@@ -120,25 +120,29 @@ class LaggedSource(SynchronousSource):
             self.order.seek(wanted)
 
     def take(self, num_groups: int) -> list[Drawn]:
-        if len(self._ready) < num_groups:
-            self._ready += self.pool.collect(num_groups - len(self._ready))
-        taken, self._ready = self._ready[:num_groups], self._ready[num_groups:]
+        positions = range(self._num_taken, self._num_taken + num_groups)
+        while not self._finished.keys() >= set(positions):  # those of later batches may end before them
+            self._collect(1)
         self._num_taken += num_groups
-        return self._drawn(taken)
+        return self._drawn([self._finished.pop(position) for position in positions])
 
     def settle(self) -> None:
-        num_left = self.order.position - self._num_taken - len(self._ready)
+        num_left = self.order.position - self._num_taken - len(self._finished)
         if num_left:
-            self._ready += self.pool.collect(num_left)
+            self._collect(num_left)
 
     def state(self) -> SourceState:
-        assert len(self._ready) == self.order.position - self._num_taken, "groups are still being drawn"
-        return SourceState(position=self.order.position, groups=tuple(map(self._untrained, self._ready)))
+        assert len(self._finished) == self.order.position - self._num_taken, "groups are still being drawn"
+        groups = [self._untrained(self._finished[position]) for position in sorted(self._finished)]
+        return SourceState(position=self.order.position, groups=tuple(groups))
 
     def restore(self, state: SourceState) -> None:
         self.order.seek(state.position)
-        self._ready = [list(group.rollouts or ()) for group in state.groups]
+        self._finished = {group.position: list(group.rollouts or ()) for group in state.groups}
         self._num_taken = state.position - len(state.groups)
+
+    def _collect(self, num_groups: int) -> None:
+        self._finished |= {_position(group[0].metadata): group for group in self.pool.collect(num_groups)}
 
 
 class InFlightSource(SynchronousSource):
