@@ -84,6 +84,7 @@ def test_a_run_killed_at_a_random_step_and_in_a_checkpoint_goes_on_as_if_nothing
     assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == num_steps + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["lagged", "async"])
 def test_a_run_whose_engines_draw_ahead_loses_nothing_that_was_drawn(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], likely_data: str, chance: random.Random, mode: str

@@ -57,7 +57,7 @@ def settled(history: list[dict[str, float]]) -> list[dict[str, float]]:
     ]
 
 
-@pytest.mark.parametrize("lag", [1, 2])
+@pytest.mark.parametrize("lag", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_lagged_run_is_exact_and_repeats_to_the_bit(local_ray, engine_config, lag):
     first = run(engine_config, mode="lagged", max_staleness=lag)
     assert first.versions == [{max(0, step - 1 - lag)} for step in range(1, 6)]
@@ -71,7 +71,7 @@ def test_a_lagged_run_is_exact_and_repeats_to_the_bit(local_ray, engine_config, 
             assert ours == theirs
 
 
-@pytest.mark.parametrize("sync_mode", ["recompute", "wait"])
+@pytest.mark.parametrize("sync_mode", ["recompute", pytest.param("wait", marks=pytest.mark.slow)])
 def test_an_asynchronous_run_is_exact_version_by_version_and_never_too_old(local_ray, engine_config, sync_mode):
     seen = run(engine_config, mode="async", max_staleness=2, sync_mode=sync_mode, max_tokens=60)
     assert [metrics["mismatch/logprob_abs_diff_max"] for metrics in seen.history[1:]] == [0.0] * 5

@@ -62,7 +62,7 @@ def test_every_step_moves_and_syncs_the_weights(run):
     assert versions == {2}  # the last batch was drawn under the weights of two updates
 
 
-@pytest.mark.parametrize("name", ["gspo", "reinforce_pp"])
+@pytest.mark.parametrize("name", [pytest.param("gspo", marks=pytest.mark.slow), "reinforce_pp"])
 def test_other_algorithms_train_in_lockstep(local_ray, engine_config, name):
     settings = {field: getattr(CONFIG, field) for field in ("num_prompts", "group_size", "max_tokens", "learning_rate")}
     config = GRPOConfig.for_algorithm(name, num_steps=2, num_threads=1, **settings)

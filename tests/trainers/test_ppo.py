@@ -63,7 +63,7 @@ def settled(history: list[dict[str, float]]) -> list[dict[str, str]]:
     ]
 
 
-@pytest.mark.parametrize("mode", ["synchronous", "lagged"])
+@pytest.mark.parametrize("mode", ["synchronous", pytest.param("lagged", marks=pytest.mark.slow)])
 def test_mismatch_and_the_first_ratios_difference_from_one_are_exactly_zero(mode, request):
     steps = request.getfixturevalue(mode).history[1:]
     assert [metrics["policy_version"] for metrics in steps] == [1, 2, 3, 4]
@@ -73,6 +73,7 @@ def test_mismatch_and_the_first_ratios_difference_from_one_are_exactly_zero(mode
     assert [metrics["actor/first_ratio_abs_diff_max"] for metrics in steps] == [0.0] * 4
 
 
+@pytest.mark.slow
 def test_a_lagged_run_learns_from_older_tokens_under_weights(lagged):
     assert [metrics["staleness/max"] for metrics in lagged.history[1:]] == [0, 1, 1, 1]
     assert ["correction/weight_mean" in metrics for metrics in lagged.history[1:]] == [False, True, True, True]
@@ -85,6 +86,7 @@ def test_an_asynchronous_run_is_exact_and_goes_on_while_the_critic_warms_up(loca
     assert [metrics.get("actor/first_ratio_abs_diff_max") for metrics in steps] == [None, None, 0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_whatever_the_engines(synchronous, engine_config):
     again = run(dataclasses.replace(engine_config, num_threads=2), num_engines=2)
     assert settled(again.history) == settled(synchronous.history)
