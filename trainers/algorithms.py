@@ -43,6 +43,7 @@ def _settings(**changes: Any) -> Mapping[str, Any]:
         "advantage_baseline": "mean",
         "whiten_advantages": False,
         "skip_zero_std_groups": True,
+        "max_refills": 0,
         "kl_coef": 0.0,
         "kl_in": "loss",
         "kl_estimator": "k3",
@@ -61,9 +62,9 @@ ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(
             settings=_settings(advantage_scale="none", loss_aggregation="seq-mean-token-sum-norm"),
         ),
         "dapo": Algorithm(
-            title="Clip-higher and a mean over tokens",
+            title="Clip-higher, a mean over tokens, and further prompts in place of groups without spread",
             arxiv="2503.14476",
-            settings=_settings(clip_high=0.28, loss_aggregation="token-mean"),
+            settings=_settings(clip_high=0.28, loss_aggregation="token-mean", max_refills=2),
         ),
         "gspo": Algorithm(
             title="Group sequence policy optimisation: one ratio for a whole sample",

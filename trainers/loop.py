@@ -165,8 +165,9 @@ class TrainingLoop:
     def _sync(self, crew: Crew, policy_version: int, timer: PhaseTimer) -> dict[str, float]:
         """Hands new weights to the engines, if there are any."""
         metrics: dict[str, float] = {}
-        with timer("rollout"):
-            crew.source.settle()
+        if not crew.source.is_settled:
+            with timer("rollout"):
+                crew.source.settle()
         with timer("weight_sync"):
             if policy_version != crew.pool.policy_version:  # else the optimiser rested
                 report = ask(crew.trainer.sync, crew.source.sync_mode)

@@ -60,8 +60,13 @@ class SynchronousSource:
     def discard(self, num_groups: int) -> None:
         """So many of the groups that were taken will not be trained on."""
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing runs that must not see the next weights."""
+        return True
+
     def settle(self) -> None:
-        """Waits for what must not see the next weights."""
+        """Waits for it."""
 
     def state(self) -> SourceState:
         """For a checkpoint: to be asked for when the source is settled and not filled again."""
@@ -126,13 +131,16 @@ class LaggedSource(SynchronousSource):
         self._num_taken += num_groups
         return self._drawn([self._finished.pop(position) for position in positions])
 
+    @property
+    def is_settled(self) -> bool:
+        return self._num_running == 0
+
     def settle(self) -> None:
-        num_left = self.order.position - self._num_taken - len(self._finished)
-        if num_left:
-            self._collect(num_left)
+        if self._num_running:
+            self._collect(self._num_running)
 
     def state(self) -> SourceState:
-        assert len(self._finished) == self.order.position - self._num_taken, "groups are still being drawn"
+        assert self.is_settled, "groups are still being drawn"
         groups = [self._untrained(self._finished[position]) for position in sorted(self._finished)]
         return SourceState(position=self.order.position, groups=tuple(groups))
 
@@ -140,6 +148,10 @@ class LaggedSource(SynchronousSource):
         self.order.seek(state.position)
         self._finished = {group.position: list(group.rollouts or ()) for group in state.groups}
         self._num_taken = state.position - len(state.groups)
+
+    @property
+    def _num_running(self) -> int:
+        return self.order.position - self._num_taken - len(self._finished)
 
     def _collect(self, num_groups: int) -> None:
         self._finished |= {_position(group[0].metadata): group for group in self.pool.collect(num_groups)}
