@@ -7,17 +7,7 @@ from typing import ClassVar
 
 from trainers.choices import KLEstimator, KLPlace
 
-from .options import Options, SamplingOptions, TrainingOptions
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PPOSamplingOptions(SamplingOptions):
-    """How completions are drawn."""
-
-    num_prompts: int = 32
-    """Prompts that each step draws samples for."""
-    group_size: int = 4
-    """Samples of each prompt; with a critic one is enough, but several share the prompt's part of the work."""
+from .options import Options, TrainingOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +49,8 @@ class PPOOptions(Options):
 
     PROGRAM: ClassVar[str] = "python -m recipes.ppo_math"
 
-    sampling: PPOSamplingOptions = PPOSamplingOptions()
+    num_steps: int = 30
+    """Steps to train: each draws samples, scores them, updates policy and critic and hands the weights over."""
     training: PPOTrainingOptions = PPOTrainingOptions()
 
     @property

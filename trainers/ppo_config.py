@@ -13,10 +13,8 @@ from trainers.objective_config import ObjectiveConfig
 class PPOConfig(ObjectiveConfig):
     """What a PPO run does; the model and the engine's settings are EngineConfig's."""
 
-    num_prompts: int = 32
-    """Prompts of a batch: more than GRPO's, with fewer samples of each, since a critic is the baseline."""
-    group_size: int = 4
-    """Samples of each prompt; they share its part of every forward."""
+    num_steps: int = 30
+    """Rollout batches to train on: half of GRPO's, each with several updates."""
     num_epochs: int = 2
     """Passes over each batch."""
     num_minibatches: int = 2

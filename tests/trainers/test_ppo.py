@@ -142,7 +142,7 @@ def test_a_batch_without_rewards_is_only_compared_and_the_run_goes_on(local_ray,
     [
         {"num_epochs": 0}, {"num_minibatches": 0}, {"gamma": 1.5}, {"gae_lambda": -0.5}, {"value_clip": 0.0},
         {"critic_learning_rate": 0.0}, {"critic_head_learning_rate": -1.0}, {"critic_warmup_steps": -1},
-        {"missing_eos_penalty": -1.0}, {"num_minibatches": 33}, {"num_prompts": 0}, {"clip_low": 0.0},
+        {"missing_eos_penalty": -1.0}, {"num_minibatches": 17}, {"num_prompts": 0}, {"clip_low": 0.0},
         {"kl_coef": -0.1}, {"dual_clip": 1.0}, {"kl_in": "nowhere"}, {"kl_estimator": "k4"},
     ],
 )  # fmt: skip
