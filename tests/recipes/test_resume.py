@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import random
+import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -11,8 +13,16 @@ import pytest
 import yaml
 from recipe_runs import Run, read_lines, start_run
 
+from recipes.grpo_math import main
+from recipes.options import parse_options
+from recipes.resuming import settings_of_data
+from recipes.rewards import exact_match
+from recipes.run import load, make_config
+from recipes.run_directory import RunDirectory
 from rollout.journal import read_journal
 from rollout.replay import replay
+from trainers import GRPOConfig
+from trainers.run_checkpoints import RunCheckpoints
 
 LEARNING = ["--learning-rate", "1e-3", "--warmup-steps", "2", "--num-iterations", "2", "--micro-batch-tokens", "64"]
 SETTINGS = [*LEARNING, "--eval-every", "3", "--seed", "5", "--kl-coef", "0.05", "--num-threads", "1"]
@@ -57,6 +67,7 @@ def chance(request: pytest.FixtureRequest) -> random.Random:
     return random.Random(seed)
 
 
+@pytest.mark.timeout(900)  # four starts of Ray; under two minutes where nothing else runs
 def test_a_run_killed_at_a_random_step_and_in_a_checkpoint_goes_on_as_if_nothing_had_been(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], likely_data: str, chance: random.Random
 ):
@@ -78,10 +89,73 @@ def test_a_run_killed_at_a_random_step_and_in_a_checkpoint_goes_on_as_if_nothing
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
     assert "resume" not in yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
 
-    refused = resume_with(run, likely_data, tiny_model_dir(), arguments, "--clip-low", "0.3", "--reward", "numeric")
-    assert "error: the checkpoint " in refused
-    assert "clip_low=0.2 (now 0.3), reward='exact_match' (now 'numeric')" in refused
-    assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == num_steps + 1
+
+@pytest.fixture
+def ended_run(tmp_path: Path, tiny_model_dir: Callable[..., Path], likely_data: str) -> list[str]:
+    """The arguments of a run that left a checkpoint of step 2 and lines up to step 4."""
+    arguments = ["--model", str(tiny_model_dir()), "--dataset", likely_data, "--output-dir", str(tmp_path / "run")]
+    arguments += ["--reward", "exact_match", "--num-steps", "6", "--checkpoint-every", "2", "--max-tokens", "1"]
+    options = parse_options(arguments)
+    run = RunDirectory(tmp_path / "run")
+    run.write_config(options.flat())
+    for step in range(5):
+        run.log_metrics({"step": step})
+    run.close()
+    config = make_config(GRPOConfig, options, tmp_path / "run")
+    checkpoints = RunCheckpoints(config, load(options).train_rows, settings_of_data(options, exact_match))
+    checkpoints.save(step=2, prompt_position=32, parts={"policy": write_nothing_of_use})
+    return arguments
+
+
+def write_nothing_of_use(directory: str) -> dict[str, int]:
+    (Path(directory) / "model").mkdir()
+    return {"policy_version": 2}
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        (
+            ["--resume", "auto", "--clip-low", "0.3", "--reward", "numeric"],
+            r"clip_low=0.2 \(now 0.3\), reward='exact_match' \(now 'numeric'\): a run goes on with the settings",
+        ),
+        (["--resume", "absent"], r"resume='absent' is no directory"),
+        ([], r"holds a run already; name another --output-dir, or pass --overwrite, or --resume auto"),
+    ],
+)
+def test_a_resume_that_cannot_be_is_refused_in_one_line_and_nothing_is_cut(
+    tmp_path: Path, ended_run: list[str], capsys: pytest.CaptureFixture[str], others: list[str], message: str
+):
+    assert run_main([*ended_run, *others]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(rf"error: .*{message}.*\n", error), error
+    assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 5
+
+
+def test_where_no_checkpoint_is_whole_the_run_ends_with_the_reasons(
+    tmp_path: Path, ended_run: list[str], capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "run" / "checkpoints" / "step-000002" / "state.json").write_text("{")
+    assert run_main([*ended_run, "--resume", "auto"]) == 2
+    assert "is whole (step-000002: state.json has 1 bytes instead of" in capsys.readouterr().err
+    assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 5
+
+
+def test_a_run_without_checkpoints_is_not_begun_again_over_its_files(
+    tmp_path: Path, ended_run: list[str], capsys: pytest.CaptureFixture[str]
+):
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert run_main([*ended_run, "--resume", "auto"]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 5
+
+
+def run_main(arguments: list[str]) -> int:
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        return main(arguments)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 @pytest.mark.slow
@@ -112,14 +186,6 @@ def test_a_run_whose_engines_draw_ahead_loses_nothing_that_was_drawn(
         expected = run_to(tmp_path / "expected")
         assert expected.wait()
         assert_same_run(tmp_path / "run", tmp_path / "expected", num_steps)
-
-
-def resume_with(run: Run, data: str, model: Path, arguments: list[str], *others: str) -> str:
-    again = start_run("grpo_math", model, data, run.output_dir, *arguments, "--resume", "auto", *others)
-    printed = again.wait()
-    assert again.process.returncode == 2, printed
-    assert "Traceback" not in printed
-    return printed
 
 
 @pytest.mark.slow
