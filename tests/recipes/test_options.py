@@ -11,8 +11,12 @@ import pytest
 import yaml
 
 from recipes.options import GRPOOptions, parse_options
+from recipes.run import make_config
 from recipes.run_directory import RunDirectory
+from trainers import GRPOConfig
 from trainers.algorithms import ALGORITHMS
+
+CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "configs"
 
 
 def write(path: Path, text: str) -> str:
@@ -235,3 +239,13 @@ def test_options_are_parsed_without_heavy_imports():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
     assert time.monotonic() - start < 10  # well under a second on an idle machine
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_files_that_come_along_are_taken(path: Path):
+    options = parse_options(["--config", str(path)])
+    given = yaml.safe_load(path.read_text())
+    assert {name: options.flat()[name] for name in given if name != "output_dir"} == {
+        name: value for name, value in given.items() if name != "output_dir"
+    }
+    assert make_config(GRPOConfig, options, Path()).num_steps == given["num_steps"]

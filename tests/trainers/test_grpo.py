@@ -273,11 +273,28 @@ def test_wrong_settings_are_named(field):
         GRPOConfig(**field)
 
 
+def test_prompts_of_mixed_kinds_and_groups_of_one_train_in_lockstep(local_ray, engine_config):
+    """Batches that the data set's rows do not divide into, of text, ids and messages; a sample is its own baseline."""
+    rows = [{"prompt": "what is "}, {"prompt": [9, 8, 7]}, {"prompt": [{"role": "user", "content": "the sum?"}]}]
+    config = dataclasses.replace(CONFIG, num_prompts=2, group_size=1, num_steps=2)
+    history = GRPOTrainer(config, engine_config, rows, has_letter_e_or_message).train()
+    assert [metrics["mismatch/logprob_abs_diff_max"] for metrics in history[1:]] == [0.0, 0.0]
+    assert [metrics["policy_version"] for metrics in history[1:]] == [1, 2]
+    assert all(metrics["frac_reward_zero_std"] == 0.0 and "reward/std" not in metrics for metrics in history[1:])
+
+
+def has_letter_e_or_message(completions):
+    return [float(isinstance(one, list) or "e" in one) for one in completions]
+
+
 def test_data_without_the_needed_columns_is_refused(engine_config):
     with pytest.raises(ValueError, match="no rows"):
         GRPOTrainer(CONFIG, engine_config, [], has_letter_e)
     with pytest.raises(ValueError, match=r"row 0 .*'question'.* no `prompt`"):
         GRPOTrainer(CONFIG, engine_config, [{"question": "1 + 1"}], has_letter_e)
+    for prompt in (None, 5, "", []):
+        with pytest.raises(ValueError, match=r"row 1 of the data set has the prompt .*: it must be text"):
+            GRPOTrainer(CONFIG, engine_config, [*ROWS[:1], {"prompt": prompt}], has_letter_e)
     with pytest.raises(ValueError, match=r"reward function hangs_over_hard_prompts takes \['level'\]"):
         GRPOTrainer(CONFIG, engine_config, ROWS, hangs_over_hard_prompts)
     with pytest.raises(ValueError, match="`answer` or `right_completions`"):
