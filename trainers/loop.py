@@ -315,7 +315,7 @@ def _checked_rows(rows: Sequence[Row]) -> list[Row]:
             raise ValueError(f"row {i} of the data set has the columns {sorted(row)}, but no `prompt`")
         if not isinstance(row["prompt"], str | list | tuple) or not row["prompt"]:
             raise ValueError(
-                f"row {i} of the data set has the prompt {row['prompt']!r}: it must be text, token ids or chat messages "
+                f"row {i} of the data set has the prompt {row['prompt']!r}: it must be text, ids or chat messages "
                 "(rows may differ in that), and not empty"
             )
     return list(rows)
