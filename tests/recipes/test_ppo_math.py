@@ -48,7 +48,9 @@ def test_a_file_of_the_other_recipe_is_answered_with_near_options(tmp_path: Path
 def test_a_run_leaves_a_complete_directory_and_nothing_running(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], likely_data: str
 ):
-    run = start_run("ppo_math", tiny_model_dir(), likely_data, tmp_path / "run", "--num-steps", "2")
+    run = start_run(
+        "ppo_math", tiny_model_dir(), likely_data, tmp_path / "run", "--num-steps", "2", "--num-logged-groups", "4"
+    )
     printed = run.wait()
     assert run.process.returncode == 0, printed
     assert run.processes_after(10) == []
@@ -66,8 +68,9 @@ def test_a_run_leaves_a_complete_directory_and_nothing_running(
 
     config = yaml.safe_load((run.output_dir / "config.yaml").read_text())
     assert (config["num_epochs"], config["critic_learning_rate"], config["num_steps"]) == (2, 1e-5, 2)
-    rollouts = read_lines(run.output_dir / "rollouts.jsonl")
-    assert {line["advantage"] for line in rollouts if line["step"] == 1} == {0.0, 1.0}  # values begin at zero
+    first = [line for line in read_lines(run.output_dir / "rollouts.jsonl") if line["step"] == 1]
+    assert [line["advantage"] for line in first] == [line["reward"] for line in first]  # values begin at zero
+    assert {line["reward"] for line in first} == {0.0, 1.0}
     assert {"config.json", "model.safetensors"} <= {path.name for path in (run.output_dir / "weights").iterdir()}
     assert "step 1/2 | reward " in printed
     assert "mismatch 0.0" in printed
