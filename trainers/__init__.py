@@ -1,4 +1,4 @@
-"""Trainers: turns rollouts into better weights - packing, advantages, losses, the Policy and the GRPO loop."""
+"""Trainers: turns rollouts into better weights - packing, advantages, losses, Policy and Critic, GRPO and PPO."""
 
 from __future__ import annotations
 
