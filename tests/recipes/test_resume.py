@@ -159,6 +159,7 @@ def run_main(arguments: list[str]) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("mode", ["lagged", "async"])
 def test_a_run_whose_engines_draw_ahead_loses_nothing_that_was_drawn(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], likely_data: str, chance: random.Random, mode: str
@@ -184,7 +185,8 @@ def test_a_run_whose_engines_draw_ahead_loses_nothing_that_was_drawn(
     if mode == "lagged":
         assert {group_id for group_id, _ in samples} == {f"step{s}-prompt{p}" for s in range(1, 7) for p in range(4)}
         expected = run_to(tmp_path / "expected")
-        assert expected.wait()
+        printed = expected.wait()
+        assert expected.process.returncode == 0, printed
         assert_same_run(tmp_path / "run", tmp_path / "expected", num_steps)
 
 
