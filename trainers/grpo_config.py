@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from trainers.losses import KLEstimator
+
+TrainerParallelism = Literal["ddp", "fsdp"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +72,15 @@ class GRPOConfig:
     num_engines: int = 1
     """Engine actors that generate."""
     num_threads: int | None = None
-    """CPU threads of the trainer; None takes every core."""
+    """CPU threads of each trainer rank; None shares out every core."""
+    num_trainer_ranks: int = 1
+    """Trainer processes that share a step's samples; their gradients add up."""
+    trainer_parallelism: TrainerParallelism = "ddp"
+    """What several ranks hold: "ddp" all of the model each, "fsdp" shares of masters, gradients and moments."""
+    trainer_timeout: float = 600.0
+    """Seconds that a trainer rank waits for the others in one exchange before the run ends."""
+    gradient_checkpointing: bool = False
+    """Compute each layer a second time in the backward pass and keep only its input: less memory, the same bits."""
     micro_batch_tokens: int = 1024
     """Rows of one training forward; bounds its memory."""
     share_prompts: bool = True
@@ -92,18 +102,23 @@ class GRPOConfig:
 
     def __post_init__(self) -> None:
         positive = ("num_prompts", "group_size", "num_iterations", "max_tokens", "num_engines", "micro_batch_tokens")
-        for name in positive:
+        for name in (*positive, "num_trainer_ranks"):
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         not_negative = ("num_steps", "warmup_steps", "eval_every", "weight_decay", "kl_coef", "advantage_epsilon")
         for name in (*not_negative, "reward_processes"):
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
-        for name in ("learning_rate", "max_grad_norm", "clip_high", "reward_timeout"):
+        for name in ("learning_rate", "max_grad_norm", "clip_high", "reward_timeout", "trainer_timeout"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
         _require(0 < self.clip_low <= 1, f"clip_low={self.clip_low} must be above 0 and at most 1")
         _require(self.temperature > 0, f"temperature={self.temperature} must be above 0: greedy groups have no spread")
         if self.journal_dir is None:
             for name in ("keep_weights_every", "keep_last"):
                 _require(getattr(self, name) is None, f"{name}={getattr(self, name)} needs a journal_dir")
+        known = get_args(TrainerParallelism)
+        _require(
+            self.trainer_parallelism in known,
+            f"trainer_parallelism={self.trainer_parallelism!r} must be one of {', '.join(map(repr, known))}",
+        )
         threads = self.num_threads
         _require(threads is None or threads >= 1, f"num_threads={threads} must be at least 1, or None for every core")
 

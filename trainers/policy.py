@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 import kernels
 from engine.attention import PackedAttention
 from engine.checkpoint import iter_weights, resolve_model, save_pretrained
 from engine.config import available_cores
-from engine.model import Transformer
+from engine.model import DecoderLayer, NamedTensors, Transformer
 from engine.model_config import ModelConfig, read_config_dict
 from engine.tokenizer import encode, load_tokenizer
-from trainers.batch import PackedBatch, pack_tokens
+from trainers.batch import PackedBatch, idle_batch, pack_tokens
 from trainers.losses import LossOutput
+from trainers.ranks import COLLECTIVE_SECONDS, Parallelism, make_ranks, start_accelerator
+from trainers.recomputation import RecomputedLayer
 
 LossFunction = Callable[[torch.Tensor, PackedBatch], LossOutput]
 """(trainer_logprobs [C] with gradient, batch) -> this batch's share of the loss."""
@@ -38,7 +39,12 @@ class Policy:
     model: a directory, hub id or GGUF file, as EngineConfig takes it. numerics: the profile of the forward pass, which
     must be the engine's; masters, gradients and optimiser are float32 in each. num_threads: CPU threads for both our
     kernels and torch's; None takes every core this process may use. The learning rate rises linearly over warmup_steps,
-    the first step taking 1 / warmup_steps of it.
+    the first step taking 1 / warmup_steps of it. gradient_checkpointing: layers keep their inputs alone for the
+    backward pass and compute the rest again, to the same bits.
+
+    Where the environment says that this process is one of several ranks (docs/trainer_ranks.md), every method is called
+    on all of them, with the same number of batches. parallelism: "ddp", each rank holds everything, or "fsdp", masters,
+    gradients and moments are sharded. collective_seconds: how long a rank waits for the others before it raises.
     """
 
     def __init__(
@@ -52,6 +58,9 @@ class Policy:
         max_grad_norm: float = 1.0,
         warmup_steps: int = 3,
         num_threads: int | None = None,
+        parallelism: Parallelism = "ddp",
+        gradient_checkpointing: bool = False,
+        collective_seconds: float = COLLECTIVE_SECONDS,
     ) -> None:
         self.num_threads = num_threads or available_cores()
         kernels.set_num_threads(self.num_threads)
@@ -59,9 +68,14 @@ class Policy:
         self.kernel_fingerprint: str = kernels.fingerprint(numerics)
         self.directory = resolve_model(model)
         self.tokenizer = load_tokenizer(self.directory)
-        self.model = load_transformer(self.directory, numerics, with_masters=True)
+        self.accelerator = start_accelerator(collective_seconds)
+        self.ranks = make_ranks(self.accelerator, parallelism)
+        self.ranks.require_equal("kernel fingerprints", self.kernel_fingerprint)
+        self.ranks.require_equal("num_threads", self.num_threads)  # bits of the gradient's norm depend on them
+        layer_type = RecomputedLayer if gradient_checkpointing else DecoderLayer
+        self.model = load_transformer(self.directory, numerics, with_masters=True, layer_type=layer_type)
+        self.ranks.prepare(self.model)
         self.learning_rate, self.warmup_steps, self.max_grad_norm = learning_rate, warmup_steps, max_grad_norm
-        self.accelerator = Accelerator(cpu=True)
         self.optimizer = self.accelerator.prepare(
             torch.optim.AdamW(
                 self.model.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True
@@ -71,7 +85,9 @@ class Policy:
 
     def token_logprobs(self, batch: PackedBatch) -> torch.Tensor:
         """Log-probabilities of the batch's targets, [C] float32, differentiable."""
-        return packed_logprobs(self.model, batch)
+        logprobs = packed_logprobs(self.model, batch)
+        self.ranks.end_forward(self.model)
+        return logprobs
 
     def forward_backward(self, batch: PackedBatch, loss_fn: LossFunction) -> ForwardBackwardOutput:
         """One forward and backward; gradients add up until optim_step."""
@@ -82,7 +98,9 @@ class Policy:
 
     def optim_step(self) -> dict[str, float]:
         """Clip the gradient, move the masters, repack them for the kernels; policy_version + 1."""
-        grad_norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))
+        self.ranks.reduce_gradients(self.model)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        grad_norm = float(self.ranks.full(norm))
         if not grad_norm < float("inf"):
             raise FloatingPointError(
                 f"gradient norm {grad_norm} at policy version {self.policy_version}: the weights were left as they "
@@ -93,18 +111,24 @@ class Policy:
             group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.model.repack()
+        self.ranks.repack(self.model)
         self.policy_version += 1
         return {"actor/grad_norm": grad_norm, "actor/lr": learning_rate}
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, float32 tensor) of every weight, ready for RolloutPool.sync_weights."""
-        return self.model.named_weights()
+        return self.ranks.named_weights(self.model)
+
+    def load_weights(self, named_tensors: NamedTensors) -> bytes:
+        """Replaces every weight by float tensors under Hugging Face names; see Transformer.load_weights."""
+        return self.ranks.load_weights(self.model, named_tensors)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json, safetensors and the tokenizer, as Hugging Face lays them out."""
+        """Write config.json, safetensors and the tokenizer, as Hugging Face lays them out; rank 0 does."""
         config = read_config_dict(self.directory)
-        save_pretrained(Path(directory), config, self.named_weights(), self.tokenizer)
+        self.ranks.lead(
+            self.named_weights(), lambda weights: save_pretrained(Path(directory), config, weights, self.tokenizer)
+        )
 
     @torch.no_grad()
     def expected_reward(
@@ -121,7 +145,16 @@ class Policy:
             raise ValueError(f"{len(prompts)} prompts with {len(answers)} answers: give one answer for each prompt")
         prompt_ids = [encode(self.tokenizer, prompt, self.model.config.vocab_size) for prompt in prompts]
         answer_ids = [self._encode_answers(answer) for answer in answers]
-        return sum(self._probability(p, a) for p, a in _chunks(prompt_ids, answer_ids, max_tokens)) / len(prompts)
+        return sum(self._probabilities(list(_chunks(prompt_ids, answer_ids, max_tokens)))) / len(prompts)
+
+    def _probabilities(self, chunks: list[tuple[list[list[int]], list[list[list[int]]]]]) -> list[float]:
+        """The probability of each chunk; ranks take them in turns, and pass where their turns run out."""
+        rank, num_ranks = self.ranks.rank, self.ranks.num_ranks
+        own = [self._probability(*chunk) for chunk in chunks[rank::num_ranks]]
+        if len(own) * num_ranks < len(chunks):
+            self.token_logprobs(idle_batch())
+        shares = self.ranks.gather(own)
+        return [shares[i % num_ranks][i // num_ranks] for i in range(len(chunks))]
 
     def _probability(self, prompts: list[list[int]], answers: list[list[list[int]]]) -> float:
         """Summed probability of the answers of some prompts."""
@@ -144,9 +177,12 @@ class Policy:
         return self.learning_rate * min(1.0, (self.policy_version + 1) / max(1, self.warmup_steps))
 
 
-def load_transformer(directory: Path, numerics: str, with_masters: bool) -> Transformer:
+def load_transformer(
+    directory: Path, numerics: str, with_masters: bool, layer_type: type[DecoderLayer] = DecoderLayer
+) -> Transformer:
     """The model of a directory, with float32 masters to train or with packed weights alone."""
-    model = Transformer(ModelConfig.from_directory(directory), numerics, with_masters=with_masters)
+    config = ModelConfig.from_directory(directory)
+    model = Transformer(config, numerics, with_masters=with_masters, layer_type=layer_type)
     model.load_weights(iter_weights(directory))
     return model
 

@@ -13,15 +13,19 @@ import kernels
 from engine.config import available_cores
 from rollout import PoolHandle, Rollout, SyncReport, logs
 from rollout.cluster import actor_env
-from trainers.batch import PackedBatch, pack_micro_batches
+from trainers.batch import PackedBatch
 from trainers.grpo_config import GRPOConfig
 from trainers.losses import LossOutput, add_losses, kl_loss, policy_loss
 from trainers.metrics import mismatch_metrics
 from trainers.policy import Policy, load_transformer, packed_logprobs
+from trainers.shares import rank_micro_batches
 
 
 class TrainerActor:
-    """Holds the Policy; `start_trainer_actor` puts it into a Ray actor."""
+    """Holds the Policy; `start_trainer_actor` puts it into a Ray actor.
+
+    As one of several ranks it is given what all are given, and trains on its share (trainer_group.py).
+    """
 
     def __init__(self, model: str, numerics: str, config: GRPOConfig, pool: PoolHandle) -> None:
         """model, numerics: as the engines have them. pool: what RolloutPool.handle() gave, for sync()."""
@@ -35,7 +39,11 @@ class TrainerActor:
             max_grad_norm=config.max_grad_norm,
             warmup_steps=config.warmup_steps,
             num_threads=config.num_threads,
+            parallelism=config.trainer_parallelism,
+            gradient_checkpointing=config.gradient_checkpointing,
+            collective_seconds=config.trainer_timeout,
         )
+        self.ranks = self.policy.ranks
         self.reference = (
             load_transformer(self.policy.directory, numerics, with_masters=False) if config.kl_coef else None
         )
@@ -53,8 +61,8 @@ class TrainerActor:
         self._require_lockstep([*rollouts, *checked])
         measured = self._check(checked)
         metrics: dict[str, float] = {}
-        batches = pack_micro_batches(rollouts, advantages, self.config.micro_batch_tokens, self.config.share_prompts)
-        num_tokens = int(sum(batch.loss_mask.sum().item() for batch in batches))
+        batches = self._pack(rollouts, advantages)
+        num_tokens = sum(sum(rollout.loss_mask) for rollout in rollouts)
         if num_tokens:
             for iteration in range(self.config.num_iterations):
                 logprobs, metrics = self._update(batches, num_tokens, len(rollouts))
@@ -63,16 +71,18 @@ class TrainerActor:
             self.num_skipped_steps += 1
         return {
             **metrics,
-            **mismatch_metrics(*_joined(measured)),
+            **mismatch_metrics(*_joined(self.ranks.gather(_joined(measured)))),
+            **self.ranks.add_up({"actor/num_rows": self._num_rows(batches)}),
             "actor/num_skipped_steps": self.num_skipped_steps,
             "actor/num_tokens": num_tokens,
-            "actor/num_rows": sum(batch.num_rows for batch in batches) * self.config.num_iterations,
             "policy_version": self.policy.policy_version,
         }
 
-    def sync(self) -> SyncReport:
-        """Hand the weights to every engine of the pool, straight from this actor."""
-        return self.pool.sync_weights(self.policy.named_weights(), self.policy.policy_version)
+    def sync(self) -> SyncReport | None:
+        """Hand the weights to every engine of the pool, straight from this actor; rank 0 does, for all ranks."""
+        return self.ranks.lead(
+            self.policy.named_weights(), lambda weights: self.pool.sync_weights(weights, self.policy.policy_version)
+        )
 
     def expected_reward(self, prompts: Sequence[Any], answers: Sequence[str | Sequence[str]]) -> float:
         """The exact probability of the right answers; see Policy.expected_reward."""
@@ -88,6 +98,9 @@ class TrainerActor:
             "num_threads": kernels.get_num_threads(),
             "num_torch_threads": torch.get_num_threads(),
             "torch": torch.__version__,
+            "rank": self.ranks.rank,
+            "num_ranks": self.ranks.num_ranks,
+            "parallelism": self.ranks.parallelism,
         }
 
     def _update(
@@ -106,7 +119,7 @@ class TrainerActor:
             measured.append((output.logprobs, batch.rollout_logprobs))
             for name, value in output.metrics.items():
                 metrics[name] = metrics.get(name, 0.0) + value
-        return measured, metrics | self.policy.optim_step()
+        return measured, self.ranks.add_up(metrics) | self.policy.optim_step()
 
     def _loss(
         self,
@@ -147,8 +160,21 @@ class TrainerActor:
     @torch.no_grad()
     def _check(self, rollouts: Sequence[Rollout]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         zeros = [0.0] * len(rollouts)
-        batches = pack_micro_batches(rollouts, zeros, self.config.micro_batch_tokens, self.config.share_prompts)
-        return [(self.policy.token_logprobs(batch), batch.rollout_logprobs) for batch in batches]
+        return [(self.policy.token_logprobs(b), b.rollout_logprobs) for b in self._pack(rollouts, zeros)]
+
+    def _pack(self, rollouts: Sequence[Rollout], advantages: Sequence[float]) -> list[PackedBatch]:
+        """This rank's micro-batches."""
+        return rank_micro_batches(
+            rollouts,
+            advantages,
+            rank=self.ranks.rank,
+            num_ranks=self.ranks.num_ranks,
+            max_tokens=self.config.micro_batch_tokens,
+            share_prompts=self.config.share_prompts,
+        )
+
+    def _num_rows(self, batches: Sequence[PackedBatch]) -> int:
+        return sum(batch.num_rows for batch in batches if batch.num_targets) * self.config.num_iterations
 
     def _require_lockstep(self, rollouts: Sequence[Rollout]) -> None:
         """Refuse rollouts that this policy, on these kernels, cannot have drawn."""
