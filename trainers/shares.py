@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 
 from rollout import Rollout
 from trainers.batch import PackedBatch, check_is_reproducible, idle_batch, pack_micro_batches, split_samples
@@ -39,22 +38,33 @@ def rank_micro_batches(
 def split_by_rows(rollouts: Sequence[Rollout], num_ranks: int) -> list[list[int]]:
     """Indices of the samples of each rank: consecutive, whole samples, with rows shared out as evenly as these allow.
 
-    A rank may get none. A prompt is counted once, for the first of the samples that follow each other on it.
+    A rank may get none. A group that is cut has its prompt on both sides.
     """
-    ends = list(accumulate(_num_rows(rollouts)))
     parts: list[list[int]] = [[] for _ in range(num_ranks)]
-    for index, (start, end) in enumerate(zip([0, *ends], ends)):
-        middle = (start + end) * num_ranks // (2 * ends[-1]) if ends[-1] else 0
-        parts[min(middle, num_ranks - 1)].append(index)
+    rank, num_rows = 0, 0  # of the part that is filled now
+    num_left = sum(_sample_rows(rollout, is_first) for rollout, is_first in _with_beginnings(rollouts))
+    for index, (rollout, is_first) in enumerate(_with_beginnings(rollouts)):
+        cost = _sample_rows(rollout, is_first)
+        is_full = num_rows + cost / 2 > num_left / (num_ranks - rank)
+        if num_rows and is_full and rank + 1 < num_ranks:
+            cost, num_left = _sample_rows(rollout, True), num_left - num_rows + _sample_rows(rollout, True) - cost
+            rank, num_rows = rank + 1, 0
+        parts[rank].append(index)
+        num_rows += cost
     return parts
 
 
-def _num_rows(rollouts: Sequence[Rollout]) -> Iterator[int]:
-    """Rows of each sample; none where there is nothing to train."""
+def _with_beginnings(rollouts: Sequence[Rollout]) -> Iterator[tuple[Rollout, bool]]:
+    """The rollouts, each with whether it is the first to train of those that follow each other on one prompt."""
     group_id = None
     for rollout in rollouts:
-        if not any(rollout.loss_mask):
-            yield 0
-            continue
-        is_first, group_id = rollout.group_id != group_id, rollout.group_id
-        yield len(rollout.token_ids) - 1 + (len(rollout.prompt_token_ids) if is_first else 0)
+        is_trained = any(rollout.loss_mask)
+        yield rollout, is_trained and rollout.group_id != group_id
+        group_id = rollout.group_id if is_trained else group_id
+
+
+def _sample_rows(rollout: Rollout, is_first: bool) -> int:
+    """Rows that a sample adds; none where there is nothing to train."""
+    if not any(rollout.loss_mask):
+        return 0
+    return len(rollout.token_ids) - 1 + (len(rollout.prompt_token_ids) if is_first else 0)

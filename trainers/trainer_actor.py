@@ -19,6 +19,7 @@ from trainers.losses import LossOutput, add_losses, kl_loss, policy_loss
 from trainers.metrics import mismatch_metrics
 from trainers.policy import Policy, load_transformer, packed_logprobs
 from trainers.shares import rank_micro_batches
+from trainers.trainer_group import start_trainer_group
 
 
 class TrainerActor:
@@ -208,10 +209,12 @@ class RemoteTrainerActor(TrainerActor):
 
 
 def start_trainer_actor(config: GRPOConfig, pool: PoolHandle) -> Any:
-    """A Ray actor that runs a TrainerActor on the pool's model.
+    """A Ray actor that runs a TrainerActor on the pool's model, or a group of them where there are several ranks.
 
     It asks Ray for no CPU: trainer and engines take turns on the same cores, each with its own explicit num_threads.
     """
+    if config.num_trainer_ranks > 1:
+        return start_trainer_group(config, pool)
     environment = actor_env(config.num_threads or available_cores())
     actor_class = ray.remote(num_cpus=0, runtime_env=environment)(RemoteTrainerActor)
     return actor_class.remote(pool.config.model, pool.config.profile_name, config, pool)

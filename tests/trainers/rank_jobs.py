@@ -81,6 +81,27 @@ def train_one_step(
     return found
 
 
+def go_on(
+    model: str, parallelism: str, weights: dict, moments: dict, rollouts: list, advantages: list
+) -> dict[str, Any]:
+    """A step from a state that other ranks saved, and the state again before it."""
+    from trainers import Policy
+    from trainers.optimizer_state import load_optimizer_tensors, optimizer_tensors
+    from trainers.shares import rank_micro_batches
+
+    policy = Policy(model, parallelism=parallelism, num_threads=1, learning_rate=1e-2, warmup_steps=0)
+    ranks = policy.ranks
+    policy.load_weights(weights)
+    load_optimizer_tensors(policy, moments.items())
+    found = {"moments": {name: tensor.clone() for name, tensor in optimizer_tensors(policy)}}
+    found["loaded"] = {name: tensor.clone() for name, tensor in policy.named_weights()}
+    batches = rank_micro_batches(rollouts, advantages, rank=ranks.rank, num_ranks=ranks.num_ranks, max_tokens=64)
+    for batch in batches:
+        policy.forward_backward(batch, mean_loss(100))
+    policy.optim_step()
+    return found | {"weights": {name: tensor.clone() for name, tensor in policy.named_weights()}}
+
+
 def expected_reward(policy) -> float:
     """Of three prompts, each in a chunk of its own."""
     return policy.expected_reward(["what is it? ", "it is", "so "], [" 1", "the", " 2\n"], max_tokens=1)
@@ -90,6 +111,25 @@ def whole_batch(rollouts):
     from trainers import pack
 
     return pack(rollouts, [0.0] * len(rollouts))
+
+
+def peak_bytes_of_a_step(model: str, gradient_checkpointing: bool = False) -> int:
+    """How much more memory than before the process holds at the worst moment of a forward and backward of 750 rows."""
+    from trainers import Policy
+    from trainers.batch import pack_tokens
+
+    policy = Policy(model, num_threads=1, gradient_checkpointing=gradient_checkpointing)
+    batch = pack_tokens([[i % 300 for i in range(500)]], [[[i % 290 for i in range(250)]]])
+    policy.forward_backward(pack_tokens([[1]], [[[2]]]), mean_loss(1))  # imports, threads and gradients
+    before = memory_bytes("VmRSS")
+    policy.forward_backward(batch, mean_loss(batch.num_targets))
+    return memory_bytes("VmHWM") - before
+
+
+def memory_bytes(field: str) -> int:
+    """Of this process: VmRSS now, VmHWM at most so far."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
 
 
 def gradients(policy, batches) -> dict[str, torch.Tensor]:

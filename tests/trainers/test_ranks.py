@@ -144,6 +144,22 @@ def test_the_expected_reward_is_the_same_bits_on_any_number_of_ranks(steps, tiny
     assert [step["expected_reward"] for step in steps.ranks] == [rank_jobs.expected_reward(one)] * world.num_ranks
 
 
+def test_one_rank_goes_on_from_the_ranks_state(steps, tiny_model_dir, tmp_path):
+    """And more ranks from one's: a state does not know how many saved it."""
+    world = steps.world
+    if world.numerics != "float32":
+        pytest.skip("one type of weights is enough")
+    rest = {"rollouts": steps.rollouts, "advantages": [1.0] * len(steps.rollouts), "parallelism": world.parallelism}
+    rest["model"] = str(tiny_model_dir(world.family, **dict(world.model_options)))
+    saved = {"weights": steps.ranks[0]["weights"], "moments": steps.ranks[0]["moments"]}
+    one = rank_jobs.go_on(**saved, **rest)
+    for found in (one, *rank_jobs.run_ranks(tmp_path, rank_jobs.go_on, world.num_ranks, **saved, **rest)):
+        assert all(torch.equal(found["loaded"][name], weight) for name, weight in saved["weights"].items())
+        assert all(torch.equal(found["moments"][name], moment) for name, moment in saved["moments"].items())
+        for name, weight in found["weights"].items():
+            assert (weight - one["weights"][name]).abs().max() < 1e-3
+
+
 def test_a_parameter_that_is_whole_is_named(tiny_model_dir):
     policy = Policy(str(tiny_model_dir("llama")), num_threads=1)
     with pytest.raises(AssertionError, match=r"embedding\.master is not sharded"):
