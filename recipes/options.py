@@ -93,6 +93,20 @@ class TrainingOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankOptions:
+    """How the trainer is spread over processes; bits of rollouts and log-probabilities do not depend on it."""
+
+    num_trainer_ranks: int = 1
+    """Trainer processes that share each step's samples."""
+    trainer_parallelism: Literal["ddp", "fsdp"] = "ddp"
+    """What several of them hold: all of the model each, or shares of masters, gradients and moments."""
+    trainer_timeout: float = 600.0
+    """Seconds that one of them waits for the others before the run ends."""
+    gradient_checkpointing: bool = False
+    """Compute each layer a second time in the backward pass and keep only its input: less memory, the same bits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
     """How the engines run; of these, only numerics changes bits of a rollout, and max_model_len may cut it off."""
 
@@ -167,6 +181,7 @@ class Options:
     data: DataOptions = DataOptions()
     sampling: SamplingOptions = SamplingOptions()
     training: TrainingOptions = TrainingOptions()
+    ranks: RankOptions = RankOptions()
     engine: EngineOptions = EngineOptions()
     output: OutputOptions = OutputOptions()
 

@@ -12,6 +12,7 @@ _HOMES = {
     "Policy": "trainers.policy",
     "RewardScorer": "trainers.rewards",
     "Rewards": "trainers.rewards",
+    "TrainerRankError": "trainers.trainer_group",
     "episode_metrics": "trainers.episodes",
     "episode_rewards": "trainers.episodes",
     "from_verl": "trainers.verl_rewards",
@@ -21,6 +22,7 @@ _HOMES = {
     "pack": "trainers.batch",
     "pack_micro_batches": "trainers.batch",
     "policy_loss": "trainers.losses",
+    "rank_micro_batches": "trainers.shares",
     "token_logprobs": "kernels.logprobs",
 }
 
