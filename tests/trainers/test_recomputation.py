@@ -31,6 +31,7 @@ def test_recomputed_layers_give_the_same_bits(tiny_model_dir, family, numerics):
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
 
 
+@pytest.mark.slow
 def test_recomputed_layers_take_less_memory(tiny_model_dir, tmp_path):
     model = str(
         tiny_model_dir(
