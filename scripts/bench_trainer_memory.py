@@ -119,7 +119,7 @@ def held_bytes(policy: Any) -> dict[str, float]:
 
     masters = count(policy.model.parameters())
     packed = count(module.packed for module in policy.model.modules() if hasattr(module, "packed"))
-    states = policy.optimizer.state.values()
+    states = policy.optimizer.optimizer.state.values()
     moments = count(state[key] for state in states for key in ("exp_avg", "exp_avg_sq"))
     return {"packed": packed, "masters": masters, "gradients": masters, "moments": moments}
 

@@ -100,12 +100,12 @@ class MasterOptimizer:
     def load(self, path: Path, parameters: Parameters) -> dict[str, int]:
         """Goes on from what `save` wrote; the counters. ValueError where it is another optimiser's, or not readable."""
         tensors, counters = load_optimizer(path)
-        if "num_updates" not in counters:
-            raise ValueError(f"{path} is not a readable optimiser file: it does not say its num_updates")
         try:
             load_optimizer_tensors(self._adamw, parameters, tensors, self.ranks)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path} is not this optimiser's: {error}") from error
+        if "num_updates" not in counters:
+            raise ValueError(f"{path} is not a readable optimiser file: it does not say its num_updates")
         self.num_updates = counters["num_updates"]
         return counters
 

@@ -55,9 +55,10 @@ def load_optimizer_tensors(
     for label, whole in named_tensors:
         name, _, entry = label.rpartition(".")
         if entry not in STATE_NAMES or name not in parameters:
-            raise ValueError(f"holds tensors of other parameters, such as {label!r}")
-        if tuple(whole.shape) != (() if entry == "step" else tuple(parameters[name].shape)):
-            raise ValueError(f"{label!r} has the shape {tuple(whole.shape)}, not {tuple(parameters[name].shape)}")
+            raise ValueError(f"it holds tensors of other parameters, such as {label!r}")
+        shape = () if entry == "step" else tuple(parameters[name].shape)
+        if tuple(whole.shape) != shape:
+            raise ValueError(f"{label!r} has the shape {tuple(whole.shape)}, not {shape}")
         states.setdefault(name, {})[entry] = _part(whole, parameters[name], ranks)
     for name, state in states.items():
         if state.keys() != set(STATE_NAMES):

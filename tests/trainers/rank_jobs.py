@@ -48,11 +48,19 @@ def free_port() -> int:
 
 
 def train_one_step(
-    model: str, numerics: str, parallelism: str, rollouts: list, advantages: list[float], max_tokens: int
+    model: str,
+    numerics: str,
+    parallelism: str,
+    rollouts: list,
+    advantages: list[float],
+    max_tokens: int,
+    checkpoint: Path,
 ) -> dict[str, Any]:
-    """Everything that a test wants to know of one step: twice its gradients, then the optimiser's move."""
+    """Everything that a test wants to know of one step: twice its gradients, then the optimiser's move.
+
+    checkpoint: an existing directory, in which the state after it is left.
+    """
     from trainers import Policy
-    from trainers.optimizer_state import optimizer_tensors
     from trainers.shares import rank_micro_batches
 
     policy = Policy(
@@ -74,29 +82,31 @@ def train_one_step(
         found["new_logprobs"] = [policy.token_logprobs(batch) for batch in batches]
     found["parameter_types"] = sorted({type(parameter).__name__ for parameter in policy.model.parameters()})
     found["weights"], found["num_gathered"] = gathered_weights(policy)
-    found["moments"] = {name: tensor.clone() for name, tensor in optimizer_tensors(policy)}
+    found["moments"] = moments(policy)
     num_bytes["masters"] = local_bytes(policy.model.parameters())
     num_bytes["moments"] = local_bytes(
-        state[key] for state in policy.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")
+        state[key] for state in policy.optimizer.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")
     )
     found["num_bytes"] = num_bytes
+    policy.save_checkpoint(checkpoint)
     found["expected_reward"] = expected_reward(policy)
     return found
 
 
 def go_on(
-    model: str, parallelism: str, weights: dict, moments: dict, rollouts: list, advantages: list
+    model: str, parallelism: str, checkpoint: Path, numerics: str, rollouts: list, advantages: list
 ) -> dict[str, Any]:
-    """A step from a state that other ranks saved, and the state again before it."""
+    """A step from a checkpoint that other ranks saved, and the state again before it."""
     from trainers import Policy
-    from trainers.optimizer_state import load_optimizer_tensors, optimizer_tensors
     from trainers.shares import rank_micro_batches
 
-    policy = Policy(model, parallelism=parallelism, num_threads=1, learning_rate=1e-2, warmup_steps=0)
+    policy = Policy(
+        model, numerics=numerics, parallelism=parallelism, num_threads=1, learning_rate=1e-2, warmup_steps=0
+    )
     ranks = policy.ranks
-    policy.load_weights(weights)
-    load_optimizer_tensors(policy, moments.items())
-    found = {"moments": {name: tensor.clone() for name, tensor in optimizer_tensors(policy)}}
+    policy.load_checkpoint(checkpoint)
+    found = {"moments": moments(policy), "policy_version": policy.policy_version}
+    found["num_updates"] = policy.optimizer.num_updates
     found["loaded"] = {name: tensor.clone() for name, tensor in policy.named_weights()}
     batches = rank_micro_batches(rollouts, advantages, rank=ranks.rank, num_ranks=ranks.num_ranks, max_tokens=64)
     for batch in batches:
@@ -105,9 +115,54 @@ def go_on(
     return found | {"weights": {name: tensor.clone() for name, tensor in policy.named_weights()}}
 
 
+def train_grpo(model: str, configs: list, rollouts: list, advantages: list, directory: Path) -> list[dict[str, Any]]:
+    """For each config two steps of a GRPO actor on the same samples, which are fresh in the first and stale then.
+
+    Between them it saves itself, and another takes the second step again from there.
+    """
+    return [
+        _train_grpo(model, config, rollouts, advantages, directory / f"{i}-of-{os.environ.get('WORLD_SIZE', 1)}")
+        for i, config in enumerate(configs)
+    ]
+
+
+def _train_grpo(model: str, config, rollouts: list, advantages: list, checkpoint: Path) -> dict[str, Any]:
+    from trainers.grpo_actor import GRPOActor
+
+    checkpoint.mkdir(exist_ok=True)
+    num_trained = len(advantages)  # the others are only compared
+    batch = rollouts[:num_trained], advantages, rollouts[num_trained:]
+    actor = GRPOActor(model, "float32", config, Pool())
+    found = {"first": actor.step(*batch)}
+    facts = actor.save_checkpoint(str(checkpoint))
+    found["synced"] = actor.sync("keep")
+    found["second"] = actor.step(*batch)
+    resumed = GRPOActor(model, "float32", config, Pool())
+    resumed.load_checkpoint(str(checkpoint), facts)
+    found["second_resumed"] = resumed.step(*batch)
+    found["weights"] = {name: tensor.clone() for name, tensor in actor.policy.named_weights()}
+    found["weights_resumed"] = {name: tensor.clone() for name, tensor in resumed.policy.named_weights()}
+    found["rest"] = resumed.step([], [], [])
+    return found
+
+
+class Pool:
+    """Stands where a pool's handle does: takes the weights, and tells what it was given."""
+
+    def sync_weights(self, named_tensors, policy_version: int, mode: str) -> tuple[int, int, str]:
+        return len(dict(named_tensors)), policy_version, mode
+
+
 def expected_reward(policy) -> float:
     """Of three prompts, each in a chunk of its own."""
     return policy.expected_reward(["what is it? ", "it is", "so "], [" 1", "the", " 2\n"], max_tokens=1)
+
+
+def moments(policy) -> dict[str, torch.Tensor]:
+    """Copies of the optimiser's state, whole, by name."""
+    policy.ranks.named_weights(policy.model)  # parameters are as the optimiser knows them
+    tensors = policy.optimizer.tensors(dict(policy.model.named_parameters()))
+    return {name: tensor.clone() for name, tensor in tensors}
 
 
 def whole_batch(rollouts):

@@ -3,10 +3,12 @@ from __future__ import annotations
 import pytest
 import rank_jobs
 import torch
+from safetensors.torch import load_file
 
 from trainers import Policy
 from trainers.batch import pack_tokens
-from trainers.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from trainers.optimizer_file import load_optimizer
+from trainers.optimizer_state import load_optimizer_tensors
 
 BATCH = pack_tokens([list(range(5, 25)), [7]], [[list(range(40, 60)), [3, 4]], [list(range(100, 130))]])
 
@@ -22,43 +24,65 @@ def steps(policy: Policy, num_steps: int) -> None:
         policy.optim_step()
 
 
-def copied(tensors) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in tensors}
+def load(policy: Policy, state: dict[str, torch.Tensor]) -> None:
+    load_optimizer_tensors(policy.optimizer.optimizer.optimizer, dict(policy.model.named_parameters()), state.items())
 
 
 def test_a_policy_with_the_loaded_state_goes_on_bit_for_bit(start):
     policy, other = start(), start()
     steps(policy, 2)
-    other.load_weights(copied(policy.named_weights()))
-    load_optimizer_tensors(other, optimizer_tensors(policy))
-    other.policy_version = policy.policy_version
+    other.load_weights({name: tensor.clone() for name, tensor in policy.named_weights()})
+    load(other, rank_jobs.moments(policy))
+    other.optimizer.num_updates = policy.optimizer.num_updates
     steps(policy, 2)
     steps(other, 2)
     for (name, weight), (_, own) in zip(policy.named_weights(), other.named_weights(), strict=True):
         assert torch.equal(weight, own), name
-    for (name, tensor), (_, own) in zip(optimizer_tensors(policy), optimizer_tensors(other), strict=True):
-        assert torch.equal(tensor, own), name
+    moments = rank_jobs.moments(other)
+    for name, tensor in rank_jobs.moments(policy).items():
+        assert torch.equal(tensor, moments[name]), name
 
 
 def test_an_optimiser_before_its_first_step_has_no_state(start):
     policy, other = start(), start()
-    assert list(optimizer_tensors(policy)) == []
+    assert rank_jobs.moments(policy) == {}
     steps(other, 1)
-    load_optimizer_tensors(other, {}.items())
-    assert list(optimizer_tensors(other)) == []
+    load(other, {})
+    assert rank_jobs.moments(other) == {}
 
 
 def test_a_state_that_does_not_fit_is_named_and_leaves_the_optimiser_alone(start):
     policy = start()
     steps(policy, 1)
-    state = copied(optimizer_tensors(policy))
-    first = "exp_avg/embedding.master"
+    state = rank_jobs.moments(policy)
+    first = "embedding.master.exp_avg"
     for wrong, message in (
-        ({"momentum/embedding.master": state[first]}, "momentum/embedding.master"),
-        ({**state, first: state[first][:5]}, r"exp_avg/embedding.master.*shape \(5, 64\)"),
+        ({"embedding.master.momentum": state[first]}, r"embedding\.master\.momentum"),
+        ({"elsewhere.exp_avg": state[first]}, r"other parameters, such as 'elsewhere\.exp_avg'"),
+        ({**state, first: state[first][:5]}, r"embedding\.master\.exp_avg.*shape \(5, 64\)"),
         ({name: tensor for name, tensor in state.items() if name != first}, "not all of"),
-        ({name: tensor for name, tensor in state.items() if "embedding" in name}, "1 of 14 parameters"),
     ):
         with pytest.raises(ValueError, match=message):
-            load_optimizer_tensors(policy, wrong.items())
-        assert all(torch.equal(state[name], tensor) for name, tensor in optimizer_tensors(policy))
+            load(policy, wrong)
+        assert all(torch.equal(state[name], tensor) for name, tensor in rank_jobs.moments(policy).items())
+
+
+def test_the_file_is_one_that_safetensors_reads(start, tmp_path):
+    policy = start()
+    steps(policy, 1)
+    policy.save_checkpoint(tmp_path)
+    path, state = tmp_path / "optimizer.safetensors", rank_jobs.moments(policy)
+    for found in (load_file(path), dict(load_optimizer(path)[0])):
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    assert load_optimizer(path)[1] == {"num_updates": 1, "policy_version": 1}
+
+
+def test_a_file_that_ends_early_is_refused(start, tmp_path):
+    policy = start()
+    steps(policy, 1)
+    policy.save_checkpoint(tmp_path)
+    path = tmp_path / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="not a readable optimiser file"):
+        load_optimizer(path)

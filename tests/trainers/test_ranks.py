@@ -57,10 +57,16 @@ def steps(request, tiny_model_dir, draw_rollouts, tmp_path_factory) -> SimpleNam
         "advantages": [(-1.0) ** i * (1 + i % 3) for i in range(len(rollouts))],
         "max_tokens": MAX_TOKENS,
     }
+    checkpoints = {"ranks": tmp_path_factory.mktemp("of-ranks"), "one": tmp_path_factory.mktemp("of-one")}
     ranks = rank_jobs.run_ranks(
-        tmp_path_factory.mktemp("ranks"), rank_jobs.train_one_step, world.num_ranks, **arguments
+        tmp_path_factory.mktemp("ranks"),
+        rank_jobs.train_one_step,
+        world.num_ranks,
+        checkpoint=checkpoints["ranks"],
+        **arguments,
     )
-    return SimpleNamespace(world=world, one=rank_jobs.train_one_step(**arguments), ranks=ranks, rollouts=rollouts)
+    one = rank_jobs.train_one_step(checkpoint=checkpoints["one"], **arguments)
+    return SimpleNamespace(world=world, one=one, ranks=ranks, rollouts=rollouts, checkpoints=checkpoints)
 
 
 def test_logprobs_are_the_engines_bit_for_bit_on_any_number_of_ranks(steps):
@@ -144,18 +150,25 @@ def test_the_expected_reward_is_the_same_bits_on_any_number_of_ranks(steps, tiny
     assert [step["expected_reward"] for step in steps.ranks] == [rank_jobs.expected_reward(one)] * world.num_ranks
 
 
-def test_one_rank_goes_on_from_the_ranks_state(steps, tiny_model_dir, tmp_path):
-    """And more ranks from one's: a state does not know how many saved it."""
+@pytest.mark.parametrize("writer", ["ranks", "one"])
+def test_any_number_of_ranks_goes_on_from_a_checkpoint_of_any_number(steps, writer, tiny_model_dir, tmp_path):
+    """A checkpoint does not know how many ranks saved it: each finds the same bits in it."""
     world = steps.world
-    if world.parallelism == "ddp":
-        pytest.skip("replicated ranks load as one does")
-    rest = {"rollouts": steps.rollouts, "advantages": [1.0] * len(steps.rollouts), "parallelism": world.parallelism}
-    rest["model"] = str(tiny_model_dir(world.family, **dict(world.model_options)))
-    saved = {"weights": steps.ranks[0]["weights"], "moments": steps.ranks[0]["moments"]}
-    one = rank_jobs.go_on(**saved, **rest)
-    for found in (one, *rank_jobs.run_ranks(tmp_path, rank_jobs.go_on, world.num_ranks, **saved, **rest)):
-        assert all(torch.equal(found["loaded"][name], weight) for name, weight in saved["weights"].items())
-        assert all(torch.equal(found["moments"][name], moment) for name, moment in saved["moments"].items())
+    saved = steps.ranks[0] if writer == "ranks" else steps.one
+    arguments = {
+        "model": str(tiny_model_dir(world.family, **dict(world.model_options))),
+        "numerics": world.numerics,
+        "parallelism": world.parallelism,
+        "checkpoint": steps.checkpoints[writer],
+        "rollouts": steps.rollouts,
+        "advantages": [1.0] * len(steps.rollouts),
+    }
+    one = rank_jobs.go_on(**arguments)
+    for found in (one, *rank_jobs.run_ranks(tmp_path, rank_jobs.go_on, world.num_ranks, **arguments)):
+        assert (found["policy_version"], found["num_updates"]) == (1, 1)
+        for kind, whole in (("loaded", saved["weights"]), ("moments", saved["moments"])):
+            assert found[kind].keys() == whole.keys()
+            assert all(torch.equal(found[kind][name], tensor) for name, tensor in whole.items())
         for name, weight in found["weights"].items():
             assert (weight - one["weights"][name]).abs().max() < 1e-3
 

@@ -15,8 +15,7 @@ from reward_functions import has_letter_e
 
 from rollout import EngineConfig, RolloutPool, SamplingParams
 from trainers import GRPOConfig, GRPOTrainer, Policy
-from trainers.trainer_actor import start_trainer_actor
-from trainers.trainer_group import TrainerRankError
+from trainers.trainer_group import TrainerRankError, start_trainer_group
 
 PROMPTS = ["what is it? ", "it is ", "so "]
 PARAMS = SamplingParams(n=4, max_tokens=8)
@@ -44,7 +43,7 @@ def start(pool):
     started = []
 
     def start(**changes) -> SimpleNamespace:
-        group = start_trainer_actor(dataclasses.replace(CONFIG, **changes), pool.handle())
+        group = start_trainer_group(dataclasses.replace(CONFIG, **changes), pool.handle())
         started.append(group)
         return SimpleNamespace(actor=group, process_ids=ask(group.process_ids))
 
