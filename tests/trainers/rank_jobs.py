@@ -115,13 +115,14 @@ def go_on(
     return found | {"weights": {name: tensor.clone() for name, tensor in policy.named_weights()}}
 
 
-def train_grpo(model: str, configs: list, rollouts: list, advantages: list, directory: Path) -> list[dict[str, Any]]:
+def train_grpo(model: str, configs: list, rollouts: list, advantages: list, checkpoints: Path) -> list[dict[str, Any]]:
     """For each config two steps of a GRPO actor on the same samples, which are fresh in the first and stale then.
 
     Between them it saves itself, and another takes the second step again from there.
     """
+    num_ranks = os.environ.get("WORLD_SIZE", "1")
     return [
-        _train_grpo(model, config, rollouts, advantages, directory / f"{i}-of-{os.environ.get('WORLD_SIZE', 1)}")
+        _train_grpo(model, config, rollouts, advantages, checkpoints / f"{i}-of-{num_ranks}")
         for i, config in enumerate(configs)
     ]
 

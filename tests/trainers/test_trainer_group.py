@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+import torch
 from ray.exceptions import RayTaskError
 from reward_functions import has_letter_e
 
 from rollout import EngineConfig, RolloutPool, SamplingParams
-from trainers import GRPOConfig, GRPOTrainer, Policy
+from trainers import GRPOConfig, GRPOTrainer, Policy, PPOConfig
 from trainers.trainer_group import TrainerRankError, start_trainer_group
 
 PROMPTS = ["what is it? ", "it is ", "so "]
@@ -97,6 +98,28 @@ def test_a_run_on_sharded_ranks_is_exact_and_saves_its_weights(local_ray, model,
     assert saved.expected_reward([PROMPTS[0]], [" 1\n"]) == rewards
 
 
+@pytest.mark.slow
+def test_a_run_on_two_ranks_goes_on_from_its_checkpoint_bit_for_bit(local_ray, model, tmp_path):
+    def run(name: str, **changes) -> list[dict[str, float]]:
+        directories = {"checkpoint_dir": str(tmp_path / name), "output_dir": str(tmp_path / name)}
+        config = dataclasses.replace(CONFIG, checkpoint_every=1, **directories, **changes)
+        return GRPOTrainer(config, EngineConfig(model=model, num_threads=1), ROWS, has_letter_e).train()
+
+    whole = run("whole", num_steps=3)
+    run("cut", num_steps=1)
+    rest = run("cut", num_steps=3, resume="auto")
+    assert [metrics["step"] for metrics in rest] == [2, 3]
+    assert [without_time(metrics) for metrics in rest] == [without_time(metrics) for metrics in whole[2:]]
+    weights, expected = (Policy(str(tmp_path / name / "weights"), num_threads=1) for name in ("cut", "whole"))
+    for (name, weight), (_, other) in zip(weights.named_weights(), expected.named_weights(), strict=True):
+        assert torch.equal(weight, other), name
+
+
+def without_time(metrics: dict[str, float]) -> dict[str, float]:
+    timed = ("timing_s/", "perf/", "weight_sync/pause_seconds")
+    return {name: value for name, value in metrics.items() if not name.startswith(timed)}
+
+
 @pytest.mark.parametrize("parallelism", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_a_rank_killed_in_a_step_is_named_and_the_others_end(start, pool, parallelism):
     rollouts, advantages = draw(pool, 0)
@@ -153,3 +176,8 @@ def test_wrong_settings_of_ranks_are_named(field):
     ((name, value),) = field.items()
     with pytest.raises(ValueError, match=f"{name}={value!r}"):
         GRPOConfig(**field)
+
+
+def test_ppo_says_that_it_trains_on_one_rank():
+    with pytest.raises(ValueError, match=r"num_trainer_ranks=2 must be 1: PPO's critic trains in one process so far"):
+        PPOConfig(num_trainer_ranks=2)
