@@ -164,5 +164,5 @@ def _describe(answers: Mapping[int, Any], num_ranks: int, method: str) -> str:
     ]
     return (
         f"trainer {'; '.join([*died, *silent, *raised])} (of {num_ranks} ranks, in {method}). All ranks were stopped: "
-        "start the run again, from its latest weights"
+        "go on from the run's latest checkpoint, or start it again"
     )
