@@ -51,7 +51,7 @@ class Policy:
 
     Where the environment names several ranks (ranks.py), each is a process with a Policy and all call the same methods
     with micro-batches of their own; parallelism says what they share, collective_seconds how long one waits for the
-    others. Log-probabilities are the same bits as with one rank; gradients are sums over ranks and differ in their last.
+    others. Log-probabilities are the same bits as with one rank; gradients differ in their last bits.
 
     `save_checkpoint` and `load_checkpoint` carry all that a Policy is from one process to another, to the bit: weights,
     moments, policy_version, and the number of updates, which is the place in the schedule.
