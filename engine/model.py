@@ -158,24 +158,33 @@ class DecoderLayer(nn.Module):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _WeightSlot:
+class WeightSlot:
     """Where a Hugging Face tensor lives: rows of a packed matrix, or a range of a vector."""
 
     shape: tuple[int, ...]
-    matrix: PackedLinear | None = None
-    vector: nn.Parameter | None = None
+    module: nn.Module  # a PackedLinear, where the tensor is rows of its matrix
+    vector: str | None = None  # else the name of the module's vector
     first_row: int = 0
 
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        """The float32 parameter that holds the tensor, as the module has it now; None for a matrix without a master."""
+        return self.module.master if self.vector is None else getattr(self.module, self.vector)
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first_row, self.first_row + self.shape[0])
+
     def write(self, tensor: torch.Tensor) -> None:
-        if self.matrix is not None:
-            self.matrix.write_rows(tensor, self.first_row)
+        if self.vector is None:
+            self.module.write_rows(tensor, self.first_row)
         else:
-            self.vector.data[self.first_row : self.first_row + self.shape[0]].copy_(tensor)
+            self.parameter.data[self.rows].copy_(tensor)
 
     def read(self) -> torch.Tensor:
-        if self.matrix is not None:
-            return self.matrix.read_rows(self.first_row, self.shape[0])
-        return self.vector.data[self.first_row : self.first_row + self.shape[0]]
+        if self.vector is None:
+            return self.module.read_rows(self.first_row, self.shape[0])
+        return self.parameter.data[self.rows]
 
 
 class Transformer(nn.Module):
@@ -183,12 +192,18 @@ class Transformer(nn.Module):
 
     numerics: name of the profile, which fixes the type of the packed matrices and how products with them are summed.
     with_masters: float32 parameters [N, K] beside the packed storage, for a trainer; without, nothing takes gradients.
-    ops: those to use, instead of the profile's own on the CPU.
+    ops: those to use, instead of the profile's own on the CPU. layer_type: what its layers are made of.
     Raises ValueError for sizes that the kernels do not take.
     """
 
     def __init__(
-        self, config: ModelConfig, numerics: str = "float32", *, with_masters: bool = False, ops: Ops | None = None
+        self,
+        config: ModelConfig,
+        numerics: str = "float32",
+        *,
+        with_masters: bool = False,
+        ops: Ops | None = None,
+        layer_type: type[DecoderLayer] = DecoderLayer,
     ) -> None:
         super().__init__()
         check_attention_shape(config.head_dim, block_size=16)
@@ -196,7 +211,7 @@ class Transformer(nn.Module):
         self.config, self.ops, self.profile = config, ops, ops.profile
         self.embedding = PackedLinear(config.vocab_size, config.hidden_size, ops, with_master=with_masters)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, ops, with_masters=with_masters) for layer in range(config.num_layers)
+            layer_type(config, layer, ops, with_masters=with_masters) for layer in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops, trainable=with_masters)
         self.lm_head = (
@@ -206,7 +221,7 @@ class Transformer(nn.Module):
         )
         table = rotary_table(config.max_position_embeddings, config.head_dim, config.rope_theta, config.rope_scaling)
         self.register_buffer("rotary_table", table.to(ops.device), persistent=False)
-        self._slots = dict(_weight_slots(self))
+        self.slots: dict[str, WeightSlot] = dict(_weight_slots(self))  # by Hugging Face name
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, attention: Attention) -> torch.Tensor:
         """Hidden states [T, D] after the final norm, never logits; input_ids [T] int64, positions [T] integers."""
@@ -218,11 +233,11 @@ class Transformer(nn.Module):
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every weight under its Hugging Face name: what `load_weights` must be given."""
-        return {name: slot.shape for name, slot in self._slots.items()}
+        return {name: slot.shape for name, slot in self.slots.items()}
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, float32 tensor): views of the masters in a trainer, copies out of packed storage else."""
-        for name, slot in self._slots.items():
+        for name, slot in self.slots.items():
             yield name, slot.read().detach()
 
     def load_weights(self, named_tensors: NamedTensors, digests: Mapping[str, bytes] | None = None) -> bytes:
@@ -237,12 +252,18 @@ class Transformer(nn.Module):
             ValueError: for a name that is missing, unknown or given twice, a wrong shape, NaN or infinity. Nothing is
                 written then.
         """
+        staged, checksum = self.stage_weights(named_tensors, digests)
+        for name, tensor in staged.items():
+            self.slots[name].write(tensor)
+        return checksum
+
+    def stage_weights(
+        self, named_tensors: NamedTensors, digests: Mapping[str, bytes] | None = None
+    ) -> tuple[dict[str, torch.Tensor], bytes]:
+        """What `load_weights` would write, complete and checked as there, by name; and its checksum."""
         staged = self._stage(named_tensors)
         checksum = self._verify(staged, digests or {})
-        for name, tensor in staged.items():
-            if name in self._slots:
-                self._slots[name].write(tensor.detach())
-        return checksum
+        return {name: tensor.detach() for name, tensor in staged.items() if name in self.slots}, checksum
 
     def repack(self) -> None:
         """Brings the packed storage up to date with the masters, after an optimiser step."""
@@ -258,14 +279,14 @@ class Transformer(nn.Module):
                 raise ValueError(f"weight {name!r} was given twice")
             if not name.endswith(".rotary_emb.inv_freq"):  # derived from the config; old checkpoints carry it
                 staged[name] = tensor
-        unknown = sorted(name for name in staged if name not in self._slots and not self._is_tied_head(name))
-        missing = sorted(self._slots.keys() - staged.keys())
+        unknown = sorted(name for name in staged if name not in self.slots and not self._is_tied_head(name))
+        missing = sorted(self.slots.keys() - staged.keys())
         if unknown or missing:
             problems = [
                 _name_some(kind, names) for kind, names in (("missing", missing), ("unknown", unknown)) if names
             ]
             raise ValueError(
-                f"weights do not fit this {self.config.architecture}: {'; '.join(problems)}. All {len(self._slots)} "
+                f"weights do not fit this {self.config.architecture}: {'; '.join(problems)}. All {len(self.slots)} "
                 "are needed, under their Hugging Face names"
             )
         return staged
@@ -276,7 +297,7 @@ class Transformer(nn.Module):
     def _verify(self, staged: Mapping[str, torch.Tensor], known: Mapping[str, bytes]) -> bytes:
         digests = {}
         for name, tensor in staged.items():
-            shape = self._slots[EMBEDDING if self._is_tied_head(name) else name].shape
+            shape = self.slots[EMBEDDING if self._is_tied_head(name) else name].shape
             if tuple(tensor.shape) != shape or not tensor.is_floating_point():
                 raise ValueError(
                     f"weight {name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}; needed: floats of shape {shape}"
@@ -291,25 +312,25 @@ class Transformer(nn.Module):
         return combine_digests(digests)
 
 
-def _weight_slots(model: Transformer) -> Iterator[tuple[str, _WeightSlot]]:
+def _weight_slots(model: Transformer) -> Iterator[tuple[str, WeightSlot]]:
     """The map from Hugging Face names to places in a model."""
     yield EMBEDDING, _matrix(model.embedding)
     for index, layer in enumerate(model.layers):
         prefix = f"model.layers.{index}."
-        yield prefix + "input_layernorm.weight", _vector(layer.attention_norm.weight)
+        yield prefix + "input_layernorm.weight", _vector(layer.attention_norm, "weight")
         for name, slot in _attention_slots(layer.attention):
             yield prefix + "self_attn." + name, slot
-        yield prefix + "post_attention_layernorm.weight", _vector(layer.feed_forward_norm.weight)
+        yield prefix + "post_attention_layernorm.weight", _vector(layer.feed_forward_norm, "weight")
         width = layer.feed_forward.gate_up.num_outputs // 2
         yield prefix + "mlp.gate_proj.weight", _matrix(layer.feed_forward.gate_up, 0, width)
         yield prefix + "mlp.up_proj.weight", _matrix(layer.feed_forward.gate_up, width, width)
         yield prefix + "mlp.down_proj.weight", _matrix(layer.feed_forward.down)
-    yield FINAL_NORM, _vector(model.norm.weight)
+    yield FINAL_NORM, _vector(model.norm, "weight")
     if model.lm_head is not model.embedding:
         yield LM_HEAD, _matrix(model.lm_head)
 
 
-def _attention_slots(attention: SelfAttention) -> Iterator[tuple[str, _WeightSlot]]:
+def _attention_slots(attention: SelfAttention) -> Iterator[tuple[str, WeightSlot]]:
     config = attention.config
     first_row = 0
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads, "v_proj": config.num_kv_heads}
@@ -317,23 +338,24 @@ def _attention_slots(attention: SelfAttention) -> Iterator[tuple[str, _WeightSlo
         num_rows = num_heads * config.head_dim
         yield name + ".weight", _matrix(attention.qkv, first_row, num_rows)
         if attention.qkv.bias is not None:
-            yield name + ".bias", _vector(attention.qkv.bias, first_row, num_rows)
+            yield name + ".bias", _vector(attention.qkv, "bias", first_row, num_rows)
         first_row += num_rows
     yield "o_proj.weight", _matrix(attention.output)
     if attention.output.bias is not None:
-        yield "o_proj.bias", _vector(attention.output.bias)
+        yield "o_proj.bias", _vector(attention.output, "bias")
     if config.has_qk_norm:
-        yield "q_norm.weight", _vector(attention.q_norm.weight)
-        yield "k_norm.weight", _vector(attention.k_norm.weight)
+        yield "q_norm.weight", _vector(attention.q_norm, "weight")
+        yield "k_norm.weight", _vector(attention.k_norm, "weight")
 
 
-def _matrix(matrix: PackedLinear, first_row: int = 0, num_rows: int | None = None) -> _WeightSlot:
+def _matrix(matrix: PackedLinear, first_row: int = 0, num_rows: int | None = None) -> WeightSlot:
     shape = (matrix.num_outputs if num_rows is None else num_rows, matrix.num_inputs)
-    return _WeightSlot(shape=shape, matrix=matrix, first_row=first_row)
+    return WeightSlot(shape=shape, module=matrix, first_row=first_row)
 
 
-def _vector(vector: nn.Parameter, first_row: int = 0, num_rows: int | None = None) -> _WeightSlot:
-    return _WeightSlot(shape=(vector.shape[0] if num_rows is None else num_rows,), vector=vector, first_row=first_row)
+def _vector(module: nn.Module, name: str, first_row: int = 0, num_rows: int | None = None) -> WeightSlot:
+    shape = (getattr(module, name).shape[0] if num_rows is None else num_rows,)
+    return WeightSlot(shape=shape, module=module, vector=name, first_row=first_row)
 
 
 def _as_float32(tensor: torch.Tensor) -> torch.Tensor:

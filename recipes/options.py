@@ -26,6 +26,7 @@ from trainers.choices import (
     RatioLevel,
     RunningSamples,
     StaleGroups,
+    TrainerParallelism,
 )
 from trainers.schedule import LearningRateSchedule
 
@@ -168,6 +169,20 @@ class LoopOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankOptions:
+    """How the trainer is spread over processes; bits of rollouts and log-probabilities do not depend on it."""
+
+    num_trainer_ranks: int = 1
+    """Trainer processes that share each step's samples; their gradients add up."""
+    trainer_parallelism: TrainerParallelism = "ddp"
+    """What several of them hold: all of the model each, or shares of masters, gradients and moments (fsdp)."""
+    trainer_timeout: float = 600.0
+    """Seconds that one of them waits for the others before the run ends."""
+    gradient_checkpointing: bool = False
+    """Compute each layer a second time in the backward pass and keep only its input: less memory, the same bits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
     """How the engines run; of these, only numerics changes bits of a rollout, and max_model_len may cut it off."""
 
@@ -176,7 +191,7 @@ class EngineOptions:
     num_engines: int = 1
     """Engine actors that generate."""
     num_threads: int | None = None
-    """CPU threads of each engine and of the trainer, which take turns. None is every core."""
+    """CPU threads of each engine and of each trainer rank; engines and trainer take turns. None is every core."""
     max_num_seqs: int = 256
     """Samples that an engine runs at once."""
     max_num_batched_tokens: int = 2048
@@ -250,6 +265,7 @@ class Options:
     sampling: SamplingOptions = SamplingOptions()
     training: TrainingOptions = TrainingOptions()
     loop: LoopOptions = LoopOptions()
+    ranks: RankOptions = RankOptions()
     engine: EngineOptions = EngineOptions()
     output: OutputOptions = OutputOptions()
 

@@ -103,6 +103,13 @@ def pack_tokens(
     return layout.to_batch(versions, temperature=ones, rollout_logprobs=zeros, advantages=zeros, loss_mask=ones)
 
 
+def idle_batch() -> PackedBatch:
+    """One row that predicts nothing: with it a rank that has no samples left takes part in a step of all ranks."""
+    layout = _Layout()
+    layout.add_prompt([0])
+    return layout.to_batch([], temperature=[], rollout_logprobs=[], advantages=[], loss_mask=[])
+
+
 @dataclass(slots=True)
 class _Layout:
     """Rows and targets laid down so far."""
@@ -187,7 +194,7 @@ def _pack_samples(
 
 def _columns(rollouts: Sequence[Rollout], advantages: Sequence[float]) -> dict[str, list[float]]:
     for rollout in rollouts:
-        _check_is_reproducible(rollout)
+        check_is_reproducible(rollout)
     lengths = [sum(rollout.loss_mask) for rollout in rollouts]
     temperatures = [rollout.sampling_params.logprob_temperature for rollout in rollouts]
     return {
@@ -198,8 +205,8 @@ def _columns(rollouts: Sequence[Rollout], advantages: Sequence[float]) -> dict[s
     }
 
 
-def _check_is_reproducible(rollout: Rollout) -> None:
-    """Refuse a sample that would silently count as on-policy though the trainer's distribution is another."""
+def check_is_reproducible(rollout: Rollout) -> None:
+    """ValueError for a sample that would silently count as on-policy though the trainer's distribution is another."""
     if rollout.kept_mass is not None:
         raise ValueError(
             f"rollout {rollout.group_id}[{rollout.index}] has a kept_mass: it was drawn from a distribution that "

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 LoopMode = Literal["sync", "lagged", "async"]
 StaleGroups = Literal["drop", "redraw"]
+TrainerParallelism = Literal["ddp", "fsdp"]
 RunningSamples = Literal["recompute", "keep", "wait"]
 Objective = Literal["clip", "cispo", "reinforce"]
 RatioLevel = Literal["token", "sequence", "sequence-product"]

@@ -48,7 +48,7 @@ class Critic:
 
     model: the policy's, whose weights the trunk begins with; numerics: its profile. With a head of zeros every value is
     exactly 0 before the first update. head_learning_rate: the head's own, since it has everything to learn;
-    learning_rate where None. The other settings are MasterOptimizer's.
+    learning_rate where None. gradient_checkpointing: as the policy's. The other settings are MasterOptimizer's.
     """
 
     def __init__(
@@ -64,8 +64,12 @@ class Critic:
         warmup_steps: int = 0,
         learning_rate_schedule: LearningRateSchedule = "constant",
         num_optimizer_steps: int | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
-        self.model = ValueModel(load_transformer(resolve_model(model), numerics, with_masters=True))
+        trunk = load_transformer(
+            resolve_model(model), numerics, with_masters=True, gradient_checkpointing=gradient_checkpointing
+        )
+        self.model = ValueModel(trunk)
         self.optimizer = MasterOptimizer(
             [
                 (self.model.trunk.parameters(), learning_rate),
@@ -136,9 +140,10 @@ class Critic:
     def save_checkpoint(self, directory: Path) -> None:
         """Writes weights and optimiser; OSError where the disk does not take them."""
         weights = {name: tensor.contiguous() for name, tensor in self.named_weights()}
+        parameters = dict(self.model.named_parameters())
         with safetensors_errors():
             save_file(weights, directory / WEIGHTS_FILE)
-            self.optimizer.save(directory / OPTIMIZER_FILE, dict(self.model.named_parameters()))
+            self.optimizer.save(directory / OPTIMIZER_FILE, parameters, self.optimizer.tensors(parameters))
 
     def load_checkpoint(self, directory: Path) -> None:
         """Goes on, to the bit, from what `save_checkpoint` wrote; ValueError where it is another model's."""

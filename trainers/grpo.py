@@ -16,6 +16,7 @@ from trainers.metrics import PhaseTimer
 from trainers.rewards import Rewards
 from trainers.rollout_source import Drawn
 from trainers.trainer_actor import start_trainer_actor
+from trainers.trainer_group import start_trainer_group
 
 
 class GRPOTrainer(TrainingLoop):
@@ -24,6 +25,8 @@ class GRPOTrainer(TrainingLoop):
     config: GRPOConfig
 
     def start_trainer(self, pool: RolloutPool) -> Any:
+        if self.config.num_trainer_ranks > 1:
+            return start_trainer_group(self.config, pool.handle())
         return start_trainer_actor(RemoteGRPOActor, self.config, pool.handle())
 
     def train_step(self, step: int, crew: Crew, timer: PhaseTimer) -> dict[str, float]:

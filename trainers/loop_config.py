@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trainers.choices import LoopMode, RunningSamples, StaleGroups, require_choice
+from trainers.choices import LoopMode, RunningSamples, StaleGroups, TrainerParallelism, require_choice
 from trainers.schedule import LearningRateSchedule, check_schedule
 
 
@@ -66,7 +66,15 @@ class LoopConfig:
     num_engines: int = 1
     """Engine actors that generate."""
     num_threads: int | None = None
-    """CPU threads of the trainer; None takes every core."""
+    """CPU threads of each trainer rank; None shares out every core."""
+    num_trainer_ranks: int = 1
+    """Trainer processes that share a batch's samples; their gradients add up (docs/trainer_ranks.md)."""
+    trainer_parallelism: TrainerParallelism = "ddp"
+    """What several ranks hold: "ddp" all of the model each, "fsdp" shares of masters, gradients and moments."""
+    trainer_timeout: float = 600.0
+    """Seconds that a trainer rank waits for the others in one exchange before the run ends."""
+    gradient_checkpointing: bool = False
+    """Compute each layer a second time in the backward pass and keep only its input: less memory, the same bits."""
     micro_batch_tokens: int = 1024
     """Rows of one training forward; bounds its memory."""
     share_prompts: bool = True
@@ -102,12 +110,12 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         positive = ("num_prompts", "group_size", "max_tokens", "num_engines", "micro_batch_tokens", "max_staleness")
-        for name in positive:
+        for name in (*positive, "num_trainer_ranks"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         not_negative = ("num_steps", "warmup_steps", "eval_every", "weight_decay", "num_eval_samples")
         for name in (*not_negative, "reward_processes", "checkpoint_every"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
-        for name in ("learning_rate", "max_grad_norm", "reward_timeout"):
+        for name in ("learning_rate", "max_grad_norm", "reward_timeout", "trainer_timeout"):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
         buffer = self.overlong_buffer_tokens
         require(
@@ -117,6 +125,7 @@ class LoopConfig:
         require_choice("mode", self.mode, LoopMode)
         require_choice("on_stale", self.on_stale, StaleGroups)
         require_choice("sync_mode", self.sync_mode, RunningSamples)
+        require_choice("trainer_parallelism", self.trainer_parallelism, TrainerParallelism)
         require(self.temperature > 0, f"temperature={self.temperature} must be above 0: greedy samples are all alike")
         if self.journal_dir is None:
             for name in ("keep_weights_every", "keep_last"):

@@ -14,6 +14,7 @@ from trainers.gae import discounted_returns
 from trainers.losses import LossOutput, add_losses, entropy_loss, kl_estimate, kl_loss, policy_loss, token_weights
 from trainers.objective_config import ObjectiveConfig
 from trainers.penalties import token_rewards
+from trainers.ranks import ONLY_RANK, Ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,22 +33,26 @@ def make_targets(
     *,
     proximal_logprobs: Sequence[torch.Tensor] | None = None,
     reference_logprobs: Sequence[torch.Tensor] | None = None,
+    ranks: Ranks = ONLY_RANK,
 ) -> tuple[list[Targets], dict[str, float]]:
     """The targets of each micro-batch of one batch, and the batch's metrics about them.
+
+    ranks: those that share the batch, whose micro-batches the figures are taken over; all call this.
 
     proximal_logprobs: [C] for each micro-batch, of the policy before its first update; None on policy, where the
     rollouts' own are those, bit for bit. reference_logprobs: [C] for each, where config.kl_coef is above 0.
     """
     old_logprobs = proximal_logprobs or [batch.rollout_logprobs for batch in batches]
-    corrections, metrics = _corrections(config, batches, proximal_logprobs)
+    corrections, metrics = _corrections(config, batches, proximal_logprobs, ranks)
     advantages = [batch.advantages for batch in batches]
     if config.kl_in == "reward" and reference_logprobs is not None:
-        advantages, penalty = _with_kl_penalty(config, batches, reference_logprobs)
+        advantages, penalty = _with_kl_penalty(config, batches, reference_logprobs, ranks)
         metrics["actor/reward_kl_penalty"] = penalty
         reference_logprobs = None
     if config.whiten_advantages and batches:
         masks = torch.cat([batch.loss_mask for batch in batches])
-        advantages = whiten(torch.cat(advantages), masks).split([batch.num_targets for batch in batches])
+        whitened = ranks.over_all(whiten, torch.cat(advantages), masks)
+        advantages = whitened.split([batch.num_targets for batch in batches])
     references = reference_logprobs or [None] * len(batches)
     columns = zip(advantages, old_logprobs, references, corrections, strict=True)
     return [
@@ -110,7 +115,10 @@ def batch_loss(
 
 
 def _corrections(
-    config: ObjectiveConfig, batches: Sequence[PackedBatch], proximal_logprobs: Sequence[torch.Tensor] | None
+    config: ObjectiveConfig,
+    batches: Sequence[PackedBatch],
+    proximal_logprobs: Sequence[torch.Tensor] | None,
+    ranks: Ranks,
 ) -> tuple[Sequence[torch.Tensor | None], dict[str, float]]:
     if proximal_logprobs is None or config.correction == "none" or not batches:
         return [None] * len(batches), {}
@@ -126,7 +134,7 @@ def _corrections(
         )
         for proximal, batch in zip(proximal_logprobs, batches, strict=True)
     ]
-    joined, mask = torch.cat(weights), torch.cat([batch.loss_mask for batch in batches])
+    joined, mask = ranks.joined(torch.cat(weights)), ranks.joined(torch.cat([batch.loss_mask for batch in batches]))
     return weights, {
         "correction/weight_mean": ((joined * mask).sum() / mask.sum()).item(),
         "correction/effective_sample_size": effective_sample_size(joined, mask),
@@ -134,18 +142,19 @@ def _corrections(
 
 
 def _with_kl_penalty(
-    config: ObjectiveConfig, batches: Sequence[PackedBatch], reference_logprobs: Sequence[torch.Tensor]
+    config: ObjectiveConfig, batches: Sequence[PackedBatch], reference_logprobs: Sequence[torch.Tensor], ranks: Ranks
 ) -> tuple[list[torch.Tensor], float]:
     """Advantages less the KL that each token and those after it cost, and the mean KL of a token.
 
     The KL is that of the policy that drew the tokens (arXiv 2501.03262 eq. 8-9). A baseline of the group is already in
     the advantages; what a token cost before it was drawn is no part of its credit, so the KL needs none.
     """
-    advantages, total, count = [], 0.0, 0.0
+    advantages, sums = [], {"kl": 0.0, "tokens": 0.0}
     for batch, reference in zip(batches, reference_logprobs, strict=True):
         kl = kl_estimate(batch.rollout_logprobs, reference, config.kl_estimator)
         rewards = token_rewards(batch.advantages, kl, batch.sample_index, kl_coef=config.kl_coef)
         advantages.append(discounted_returns(rewards, batch.sample_index))
-        total += (kl * batch.loss_mask).sum().item()
-        count += batch.loss_mask.sum().item()
-    return advantages, total / max(1.0, count)
+        sums["kl"] += (kl * batch.loss_mask).sum().item()
+        sums["tokens"] += batch.loss_mask.sum().item()
+    sums = ranks.add_up(sums)
+    return advantages, sums["kl"] / max(1.0, sums["tokens"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from trainers.optimizer_file import load_optimizer, save_optimizer
+from trainers.optimizer_state import Parameters, load_optimizer_tensors, optimizer_tensors, state_shapes
+from trainers.ranks import ONLY_RANK, NamedTensor, Ranks
 from trainers.schedule import LearningRateSchedule, check_schedule, learning_rate_factor
 
 ParameterGroup = tuple[Iterable[nn.Parameter], float]
@@ -20,7 +22,8 @@ class MasterOptimizer:
     """What Policy and Critic learn with; gradients add up until `step`.
 
     The gradients of all groups together are shortened to max_grad_norm. learning_rate_schedule, warmup_steps and
-    num_optimizer_steps (which a falling schedule needs): see `learning_rate_factor`.
+    num_optimizer_steps (which a falling schedule needs): see `learning_rate_factor`. ranks: those that hold the
+    parameters, and that have distributed them before; every method is then called on all of them.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class MasterOptimizer:
         warmup_steps: int = 0,
         learning_rate_schedule: LearningRateSchedule = "constant",
         num_optimizer_steps: int | None = None,
+        ranks: Ranks = ONLY_RANK,
     ) -> None:
         check_schedule(learning_rate_schedule, num_optimizer_steps)
         masters = [list(parameters) for parameters, _ in groups]
@@ -40,7 +44,7 @@ class MasterOptimizer:
         self.learning_rates = [learning_rate for _, learning_rate in groups]
         self.warmup_steps, self.max_grad_norm = warmup_steps, max_grad_norm
         self.learning_rate_schedule, self.num_optimizer_steps = learning_rate_schedule, num_optimizer_steps
-        self.accelerator = Accelerator(cpu=True)
+        self.ranks, self.accelerator = ranks, Accelerator(cpu=True)
         self.optimizer = self.accelerator.prepare(
             torch.optim.AdamW(
                 [{"params": group, "lr": rate} for group, rate in zip(masters, self.learning_rates, strict=True)],
@@ -62,7 +66,7 @@ class MasterOptimizer:
 
         Raises FloatingPointError where the norm is not finite; nothing has moved then.
         """
-        grad_norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm))
+        grad_norm = float(self.ranks.full(self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)))
         if not grad_norm < float("inf"):
             raise FloatingPointError(
                 f"gradient norm {grad_norm} at update {self.num_updates}: the weights were left as they were; lower "
@@ -81,13 +85,25 @@ class MasterOptimizer:
         self.num_updates += 1
         return grad_norm, self.learning_rates[0] * factor
 
-    def save(self, path: Path, parameters: Mapping[str, torch.Tensor], **counters: int) -> None:
-        """Writes moments and counters, num_updates among them; parameters: the masters by name, in their order."""
-        save_optimizer(path, self._adamw, parameters, {"num_updates": self.num_updates, **counters})
+    def tensors(self, parameters: Parameters) -> Iterator[NamedTensor]:
+        """The state by name, whole, one tensor at a time (see `optimizer_tensors`): what `save` wants."""
+        return optimizer_tensors(self._adamw, parameters, self.ranks)
 
-    def load(self, path: Path, parameters: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    def save(self, path: Path, parameters: Parameters, tensors: Iterable[NamedTensor], **counters: int) -> None:
+        """Writes the state and counters, num_updates among them; with several ranks one calls this.
+
+        parameters: the masters by name, in their order. tensors: what `tensors` gives for them.
+        """
+        counters = {"num_updates": self.num_updates, **counters}
+        save_optimizer(path, state_shapes(self._adamw, parameters), tensors, counters)
+
+    def load(self, path: Path, parameters: Parameters) -> dict[str, int]:
         """Goes on from what `save` wrote; the counters. ValueError where it is another optimiser's, or not readable."""
-        counters = load_optimizer(path, self._adamw, parameters)
+        tensors, counters = load_optimizer(path)
+        try:
+            load_optimizer_tensors(self._adamw, parameters, tensors, self.ranks)
+        except ValueError as error:
+            raise ValueError(f"{path} is not this optimiser's: {error}") from error
         if "num_updates" not in counters:
             raise ValueError(f"{path} is not a readable optimiser file: it does not say its num_updates")
         self.num_updates = counters["num_updates"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ import kernels
 from engine.attention import PackedAttention
 from engine.checkpoint import iter_weights, resolve_model, save_pretrained
 from engine.config import available_cores
-from engine.model import Transformer
+from engine.model import DecoderLayer, NamedTensors, Transformer
 from engine.model_config import ModelConfig, read_config_dict
 from engine.tokenizer import encode, load_tokenizer
 from trainers.batch import PackedBatch, pack_tokens
+from trainers.choices import TrainerParallelism
 from trainers.losses import LossOutput
 from trainers.optimizer import MasterOptimizer
+from trainers.ranks import COLLECTIVE_SECONDS, NamedTensor, make_ranks, start_accelerator
+from trainers.recomputation import RecomputedLayer
 from trainers.schedule import LearningRateSchedule
 
 MODEL_FOLDER, OPTIMIZER_FILE = "model", "optimizer.safetensors"  # of a checkpoint
@@ -42,7 +46,12 @@ class Policy:
 
     model: a directory, hub id or GGUF file, as EngineConfig takes it. numerics: the profile of the forward pass, which
     must be the engine's; masters, gradients and optimiser are float32 in each. num_threads: CPU threads for both our
-    kernels and torch's; None takes every core this process may use. The other settings are MasterOptimizer's.
+    kernels and torch's; None takes every core this process may use. gradient_checkpointing: layers compute their
+    forward again in the backward pass. The other settings are MasterOptimizer's.
+
+    Where the environment names several ranks (ranks.py), each is a process with a Policy and all call the same methods
+    with micro-batches of their own; parallelism says what they share, collective_seconds how long one waits for the
+    others. Log-probabilities are the same bits as with one rank; gradients differ in their last bits.
 
     `save_checkpoint` and `load_checkpoint` carry all that a Policy is from one process to another, to the bit: weights,
     moments, policy_version, and the number of updates, which is the place in the schedule.
@@ -61,6 +70,9 @@ class Policy:
         learning_rate_schedule: LearningRateSchedule = "constant",
         num_optimizer_steps: int | None = None,
         num_threads: int | None = None,
+        parallelism: TrainerParallelism = "ddp",
+        gradient_checkpointing: bool = False,
+        collective_seconds: float = COLLECTIVE_SECONDS,
     ) -> None:
         self.num_threads = num_threads or available_cores()
         kernels.set_num_threads(self.num_threads)
@@ -68,7 +80,13 @@ class Policy:
         self.kernel_fingerprint: str = kernels.fingerprint(numerics)
         self.directory = resolve_model(model)
         self.tokenizer = load_tokenizer(self.directory)
-        self.model = load_transformer(self.directory, numerics, with_masters=True)
+        self.ranks = make_ranks(start_accelerator(collective_seconds), parallelism)
+        self.ranks.require_equal("kernel fingerprints", self.kernel_fingerprint)
+        self.ranks.require_equal("num_threads", self.num_threads)  # bits of the gradient's norm depend on them
+        self.model = load_transformer(
+            self.directory, numerics, with_masters=True, gradient_checkpointing=gradient_checkpointing
+        )
+        self.ranks.prepare(self.model)
         self.optimizer = MasterOptimizer(
             [(self.model.parameters(), learning_rate)],
             betas=betas,
@@ -77,12 +95,15 @@ class Policy:
             warmup_steps=warmup_steps,
             learning_rate_schedule=learning_rate_schedule,
             num_optimizer_steps=num_optimizer_steps,
+            ranks=self.ranks,
         )
         self.policy_version = 0  # of the weights as others may have them
 
     def token_logprobs(self, batch: PackedBatch) -> torch.Tensor:
         """Log-probabilities of the batch's targets, [C] float32, differentiable."""
-        return packed_logprobs(self.model, batch)
+        logprobs = packed_logprobs(self.model, batch)
+        self.ranks.end_forward(self.model)
+        return logprobs
 
     def forward_backward(self, batch: PackedBatch, loss_fn: LossFunction) -> ForwardBackwardOutput:
         """One forward and backward; gradients add up until optim_step."""
@@ -97,19 +118,23 @@ class Policy:
         is_new_version: False for all but the last of several steps on one batch. Nobody draws under the weights in
         between, so the number of versions that a token is old counts batches.
         """
+        self.ranks.reduce_gradients(self.model)
         grad_norm, learning_rate = self.optimizer.step()
-        self.model.repack()
+        self.ranks.repack(self.model)
         self.policy_version += is_new_version
         return {"actor/grad_norm": grad_norm, "actor/lr": learning_rate}
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, float32 tensor) of every weight, ready for RolloutPool.sync_weights."""
-        return self.model.named_weights()
+        return self.ranks.named_weights(self.model)
+
+    def load_weights(self, named_tensors: NamedTensors) -> bytes:
+        """Replaces every weight by float tensors under Hugging Face names; see Transformer.load_weights."""
+        return self.ranks.load_weights(self.model, named_tensors)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json, safetensors and the tokenizer, as Hugging Face lays them out."""
-        config = read_config_dict(self.directory)
-        save_pretrained(Path(directory), config, self.named_weights(), self.tokenizer)
+        """Write config.json, safetensors and the tokenizer, as Hugging Face lays them out; rank 0 does."""
+        self.ranks.lead(self.named_weights(), lambda weights: self._write_pretrained(Path(directory), weights))
 
     def checkpoint_num_bytes(self) -> int:
         """What `save_checkpoint` writes, the tokenizer and other small files aside."""
@@ -118,19 +143,20 @@ class Policy:
     def save_checkpoint(self, directory: str | Path) -> None:
         """Write weights (`model/`, in Hugging Face format, float32) and optimiser into an existing directory.
 
-        Raises OSError where the disk does not take them.
+        Rank 0 writes; any number of ranks may load. Raises OSError, on rank 0, where the disk does not take them.
         """
-        parameters = dict(self.model.named_parameters())
-        with safetensors_errors():
-            self.save_pretrained(Path(directory) / MODEL_FOLDER)
-            self.optimizer.save(Path(directory) / OPTIMIZER_FILE, parameters, policy_version=self.policy_version)
+        weights = self.named_weights()
+        moments = self.optimizer.tensors(dict(self.model.named_parameters()))
+        # as one exchange: where rank 0 cannot write the weights, the others are not left waiting with the moments
+        self.ranks.lead(chain(weights, moments), lambda tensors: self._write_checkpoint(Path(directory), tensors))
 
     def load_checkpoint(self, directory: str | Path) -> None:
         """Take weights, moments and policy_version from what `save_checkpoint` wrote.
 
-        Raises ValueError where they are another model's, or not readable; the policy is then not to be used any more.
+        Every rank reads them. Raises ValueError where they are another model's, or not readable; the policy is then
+        not to be used any more.
         """
-        self.model.load_weights(iter_weights(Path(directory) / MODEL_FOLDER))
+        self.load_weights(iter_weights(Path(directory) / MODEL_FOLDER))
         counters = self.optimizer.load(Path(directory) / OPTIMIZER_FILE, dict(self.model.named_parameters()))
         self.policy_version = counters["policy_version"]
 
@@ -150,6 +176,16 @@ class Policy:
         prompt_ids = [encode(self.tokenizer, prompt, self.model.config.vocab_size) for prompt in prompts]
         answer_ids = [self._encode_answers(answer) for answer in answers]
         return sum(self._probability(p, a) for p, a in _chunks(prompt_ids, answer_ids, max_tokens)) / len(prompts)
+
+    def _write_checkpoint(self, directory: Path, tensors: Iterator[NamedTensor]) -> None:
+        """tensors: all weights, then the optimiser's."""
+        parameters = dict(self.model.named_parameters())
+        with safetensors_errors():
+            self._write_pretrained(directory / MODEL_FOLDER, islice(tensors, len(self.model.weight_shapes())))
+            self.optimizer.save(directory / OPTIMIZER_FILE, parameters, tensors, policy_version=self.policy_version)
+
+    def _write_pretrained(self, directory: Path, weights: Iterator[NamedTensor]) -> None:
+        save_pretrained(directory, read_config_dict(self.directory), weights, self.tokenizer)
 
     def _probability(self, prompts: list[list[int]], answers: list[list[list[int]]]) -> float:
         """Summed probability of the answers of some prompts."""
@@ -178,9 +214,13 @@ def safetensors_errors() -> Iterator[None]:
         raise OSError(str(error)) from error
 
 
-def load_transformer(directory: Path, numerics: str, with_masters: bool) -> Transformer:
+def load_transformer(
+    directory: Path, numerics: str, with_masters: bool, gradient_checkpointing: bool = False
+) -> Transformer:
     """The model of a directory, with float32 masters to train or with packed weights alone."""
-    model = Transformer(ModelConfig.from_directory(directory), numerics, with_masters=with_masters)
+    config = ModelConfig.from_directory(directory)
+    layer_type = RecomputedLayer if gradient_checkpointing else DecoderLayer
+    model = Transformer(config, numerics, with_masters=with_masters, layer_type=layer_type)
     model.load_weights(iter_weights(directory))
     return model
 

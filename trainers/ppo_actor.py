@@ -23,8 +23,6 @@ from trainers.trainer_actor import (
     OwnProcess,
     TrainerActor,
     add_metrics,
-    compared_metrics,
-    count_tokens,
     num_compared,
     of_version,
 )
@@ -63,6 +61,7 @@ class PPOActor(TrainerActor):
             warmup_steps=config.warmup_steps,
             learning_rate_schedule=config.learning_rate_schedule,
             num_optimizer_steps=config.num_optimizer_steps,
+            gradient_checkpointing=config.gradient_checkpointing,
         )
         self.num_steps = 0  # that the critic has learned from
 
@@ -92,11 +91,10 @@ class PPOActor(TrainerActor):
         self.num_skipped_steps += not visits
         return {
             **metrics,
-            **compared_metrics(compared),
-            "mismatch/num_stale_tokens": num_stale_tokens,
+            **self._compared_metrics(compared, num_stale_tokens),
             "actor/num_skipped_steps": self.num_skipped_steps,
-            "actor/num_tokens": sum(count_tokens(minibatch.batches) for minibatch in minibatches),
-            "actor/num_rows": sum(batch.num_rows for visit in visits for batch in visit.batches),
+            "actor/num_tokens": sum(self._count_tokens(minibatch.batches) for minibatch in minibatches),
+            "actor/num_rows": sum(self._count_rows(visit.batches) for visit in visits),
             "policy_version": self.policy.policy_version,
         }, _mean_advantages(minibatches, len(rollouts))
 
@@ -144,7 +142,7 @@ class PPOActor(TrainerActor):
     def _train_policy(self, visits: Sequence[Minibatch]) -> tuple[list[Compared], dict[str, float]]:
         """An update for each visit; what the first one compared, and the means of their metrics."""
         version, updates = self.policy.policy_version, []
-        self.history.keep(version, self.policy.model)
+        self.history.keep(version, self.policy.named_weights())
         for visit in visits:
             is_last = len(updates) == len(visits) - 1
             logprobs, metrics = self._update(visit.batches, visit.targets, len(visit.samples), is_last)
@@ -159,7 +157,7 @@ class PPOActor(TrainerActor):
         updates = []
         for visit in visits:
             metrics: dict[str, float] = {}
-            num_tokens = count_tokens(visit.batches)
+            num_tokens = self._count_tokens(visit.batches)
             for one in visit.experiences:
                 loss = self.critic.forward_backward(
                     one.batch, one.values, one.returns, num_tokens=num_tokens, clip=self.config.value_clip

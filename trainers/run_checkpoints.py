@@ -25,7 +25,8 @@ class RunCheckpoints:
     """The checkpoints of one run.
 
     A checkpoint is made of named parts, each written and read by whoever holds the tensors: "policy" is the trainer
-    actor's; a critic or further ranks come beside it, with files of their own names. Tensors never pass through here.
+    actor's, or that of all its ranks together; others come beside it, with files of their own names. Tensors never pass
+    through here.
 
     rows: the data set, in its order. settings: what else the run's bits depend on, by name; it must be the same after a
     resume.

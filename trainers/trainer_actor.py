@@ -15,18 +15,23 @@ from engine.config import available_cores
 from rollout import PoolHandle, Rollout, SyncReport, logs
 from rollout.cluster import actor_env
 from rollout.sync_report import SyncMode
-from trainers.batch import PackedBatch, pack_micro_batches
+from trainers.batch import PackedBatch
 from trainers.corrections import token_staleness
 from trainers.metrics import mismatch_metrics
 from trainers.objective import Targets, batch_loss, make_targets
 from trainers.objective_config import ObjectiveConfig
 from trainers.policy import Policy, safetensors_errors
 from trainers.reference import Reference
+from trainers.shares import rank_micro_batches, rank_samples
 from trainers.version_history import Compared, VersionHistory
 
 
 class TrainerActor:
-    """Holds the Policy; GRPOActor and PPOActor add a `step`, and `start_trainer_actor` puts them into a Ray actor."""
+    """Holds the Policy; GRPOActor and PPOActor add a `step`, and `start_trainer_actor` puts them into a Ray actor.
+
+    As one of several ranks it is given what all are given, trains on its share, and answers for the whole batch
+    (trainer_group.py).
+    """
 
     def __init__(self, model: str, numerics: str, config: ObjectiveConfig, pool: PoolHandle) -> None:
         """model, numerics: as the engines have them. pool: what RolloutPool.handle() gave, for sync()."""
@@ -42,16 +47,23 @@ class TrainerActor:
             learning_rate_schedule=config.learning_rate_schedule,
             num_optimizer_steps=config.num_optimizer_steps,
             num_threads=config.num_threads,
+            parallelism=config.trainer_parallelism,
+            gradient_checkpointing=config.gradient_checkpointing,
+            collective_seconds=config.trainer_timeout,
         )
+        self.ranks = self.policy.ranks
         self.reference = Reference.from_config(config, self.policy.directory, numerics) if config.kl_coef else None
         self.history = VersionHistory(
             self.policy.directory, numerics, config.max_lag if config.check_stale_tokens else 0
         )
         self.num_skipped_steps = 0
 
-    def sync(self, mode: SyncMode = "recompute") -> SyncReport:
-        """Hand the weights to every engine of the pool, straight from this actor."""
-        return self.pool.sync_weights(self.policy.named_weights(), self.policy.policy_version, mode)
+    def sync(self, mode: SyncMode = "recompute") -> SyncReport | None:
+        """Hand the weights to every engine of the pool, straight from this actor; rank 0 does, for all ranks."""
+        return self.ranks.lead(
+            self.policy.named_weights(),
+            lambda weights: self.pool.sync_weights(weights, self.policy.policy_version, mode),
+        )
 
     def expected_reward(self, prompts: Sequence[Any], answers: Sequence[str | Sequence[str]]) -> float:
         """The exact probability of the right answers; see Policy.expected_reward."""
@@ -67,13 +79,15 @@ class TrainerActor:
     def save_checkpoint(self, directory: str) -> dict[str, int]:
         """Write this actor's part of a checkpoint into a directory; returns what load_checkpoint wants back with it.
 
+        Rank 0 writes: whatever is not sharded is the same on every rank.
         Raises OSError where the disk does not take it.
         """
         self.policy.save_checkpoint(directory)
-        with safetensors_errors():
-            self.history.save(Path(directory))
-            if self.reference:
-                self.reference.save(Path(directory))
+        if self.ranks.rank == 0:
+            with safetensors_errors():
+                self.history.save(Path(directory))
+                if self.reference:
+                    self.reference.save(Path(directory))
         return {"policy_version": self.policy.policy_version, "num_skipped_steps": self.num_skipped_steps}
 
     def load_checkpoint(self, directory: str, facts: Mapping[str, int]) -> None:
@@ -99,6 +113,9 @@ class TrainerActor:
             "num_threads": kernels.get_num_threads(),
             "num_torch_threads": torch.get_num_threads(),
             "torch": torch.__version__,
+            "rank": self.ranks.rank,
+            "num_ranks": self.ranks.num_ranks,
+            "parallelism": self.ranks.parallelism,
         }
 
     @torch.no_grad()
@@ -121,26 +138,31 @@ class TrainerActor:
             batches,
             proximal_logprobs=[self.policy.token_logprobs(batch) for batch in batches] if is_decoupled else None,
             reference_logprobs=reference_logprobs,
+            ranks=self.ranks,
         )
 
     def _update(
         self, batches: Sequence[PackedBatch], targets: Sequence[Targets], num_samples: int, is_last: bool
     ) -> tuple[list[torch.Tensor], dict[str, float]]:
-        """One optimiser step over micro-batches; the log-probabilities [C] of each and the sums of their metrics."""
+        """One optimiser step over micro-batches; the log-probabilities [C] of each and the sums of their metrics.
+
+        num_samples: of all ranks; the sums are over all ranks too.
+        """
         logprobs, metrics = [], {}
-        counts = {"num_tokens": count_tokens(batches), "num_samples": num_samples}
+        counts = {"num_tokens": self._count_tokens(batches), "num_samples": num_samples}
         for batch, target in zip(batches, targets, strict=True):
             output = self.policy.forward_backward(batch, partial(batch_loss, self.config, targets=target, **counts))
             logprobs.append(output.logprobs)
             add_metrics(metrics, output.metrics)
-        metrics |= self.policy.optim_step(is_new_version=is_last)
+        metrics = self.ranks.add_up(metrics) | self.policy.optim_step(is_new_version=is_last)
         if self.reference:
             self.reference.follow(self.policy)
         return logprobs, metrics
 
     def _compare_stale(self, rollouts: Sequence[Rollout]) -> list[Compared]:
         """The tokens of older versions, each under its own."""
-        return self.history.compare(rollouts, self.config.micro_batch_tokens, self.config.share_prompts)
+        own = rank_samples(rollouts, rank=self.ranks.rank, num_ranks=self.ranks.num_ranks)
+        return self.history.compare(own, self.config.micro_batch_tokens, self.config.share_prompts)
 
     @torch.no_grad()
     def _compare_fresh(self, rollouts: Sequence[Rollout]) -> list[Compared]:
@@ -151,7 +173,32 @@ class TrainerActor:
         return [of_version(version, self.policy.token_logprobs(batch), batch) for batch in batches]
 
     def _pack(self, rollouts: Sequence[Rollout], advantages: Sequence[float]) -> list[PackedBatch]:
-        return pack_micro_batches(rollouts, advantages, self.config.micro_batch_tokens, self.config.share_prompts)
+        """This rank's micro-batches."""
+        return rank_micro_batches(
+            rollouts,
+            advantages,
+            rank=self.ranks.rank,
+            num_ranks=self.ranks.num_ranks,
+            max_tokens=self.config.micro_batch_tokens,
+            share_prompts=self.config.share_prompts,
+        )
+
+    def _count_tokens(self, batches: Sequence[PackedBatch]) -> int:
+        """Tokens to train on, of all ranks."""
+        own = int(sum(batch.loss_mask.sum().item() for batch in batches))
+        return self.ranks.add_up({"tokens": own})["tokens"]
+
+    def _count_rows(self, batches: Sequence[PackedBatch]) -> int:
+        """Rows with something to train on in their batch, of all ranks."""
+        return self.ranks.add_up({"rows": sum(batch.num_rows for batch in batches if batch.num_targets)})["rows"]
+
+    def _compared_metrics(self, measured: Sequence[Compared], num_stale_tokens: int) -> dict[str, float]:
+        """The mismatch over all tokens that were compared on any rank. num_stale_tokens: of this rank."""
+        by_rank = self.ranks.gather(_joined(measured))
+        return {
+            **mismatch_metrics(*_joined(by_rank)),
+            **self.ranks.add_up({"mismatch/num_stale_tokens": num_stale_tokens}),
+        }
 
     def _require_lockstep(self, rollouts: Sequence[Rollout]) -> None:
         """Refuse rollouts that this policy, on these kernels, cannot have drawn."""
@@ -178,26 +225,20 @@ def of_version(policy_version: int, logprobs: torch.Tensor, batch: PackedBatch) 
     return logprobs[is_of_version], batch.rollout_logprobs[is_of_version]
 
 
-def compared_metrics(measured: Sequence[Compared]) -> dict[str, float]:
-    """The mismatch over all tokens that were compared."""
-    trainer = [logprobs for logprobs, _ in measured]
-    engine = [logprobs for _, logprobs in measured]
-    return mismatch_metrics(torch.cat([torch.empty(0), *trainer]), torch.cat([torch.empty(0), *engine]))
-
-
 def num_compared(measured: Sequence[Compared]) -> int:
     return sum(len(logprobs) for logprobs, _ in measured)
-
-
-def count_tokens(batches: Sequence[PackedBatch]) -> int:
-    """Tokens to train on."""
-    return int(sum(batch.loss_mask.sum().item() for batch in batches))
 
 
 def add_metrics(total: dict[str, float], metrics: Mapping[str, float]) -> None:
     """Adds a micro-batch's share to those before it."""
     for name, value in metrics.items():
         total[name] = total.get(name, 0.0) + value
+
+
+def _joined(measured: Sequence[Compared]) -> Compared:
+    trainer = [logprobs for logprobs, _ in measured]
+    engine = [logprobs for _, logprobs in measured]
+    return torch.cat([torch.empty(0), *trainer]), torch.cat([torch.empty(0), *engine])
 
 
 class OwnProcess:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.model import Transformer
+from engine.model import NamedTensors
 from rollout import Rollout
 from trainers.batch import pack_micro_batches
 from trainers.policy import load_transformer, packed_logprobs
@@ -28,12 +28,12 @@ class VersionHistory:
         self._models = [load_transformer(directory, numerics, with_masters=False) for _ in range(num_versions)]
         self._versions: list[int | None] = [None] * num_versions
 
-    def keep(self, policy_version: int, model: Transformer) -> None:
-        """Copies the weights of this version over those of the oldest one."""
+    def keep(self, policy_version: int, named_weights: NamedTensors) -> None:
+        """Copies the weights of this version, under Hugging Face names, over those of the oldest one."""
         if not self._models:
             return
         place = min(range(len(self._models)), key=lambda i: -1 if self._versions[i] is None else self._versions[i])
-        self._models[place].load_weights(model.named_weights())
+        self._models[place].load_weights(named_weights)
         self._versions[place] = policy_version
 
     @property

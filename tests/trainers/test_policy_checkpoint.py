@@ -94,7 +94,7 @@ def test_another_models_state_is_refused(tmp_path, tiny_model_dir, rollouts):
     with pytest.raises(ValueError, match=r"tensors of other parameters, such as '.*mean"):
         policy.load_checkpoint(tmp_path)
     save_file({name: tensor.flatten() for name, tensor in tensors.items()}, path, {"policy_version": "1"})
-    with pytest.raises(ValueError, match="has the shapes"):
+    with pytest.raises(ValueError, match="has the shape"):
         policy.load_checkpoint(tmp_path)
     save_file(tensors, path)
     with pytest.raises(ValueError, match=r"not a readable optimiser file.*num_updates"):

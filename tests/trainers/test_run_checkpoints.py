@@ -122,6 +122,8 @@ def test_settings_that_change_bits_must_stay_and_all_that_differ_are_named(confi
         r"on .*begin a new run from the checkpoint's weights",
     ):
         resumed(dataclasses.replace(config, group_size=4, betas=(0.8, 0.9)), str(path))
+    with pytest.raises(ValueError, match=r"num_trainer_ranks=1 \(now 2\), trainer_parallelism='ddp' \(now 'fsdp'\)"):
+        resumed(dataclasses.replace(config, num_trainer_ranks=2, trainer_parallelism="fsdp"), str(path))
     with pytest.raises(ValueError, match=r"reward='exact_match' \(now 'numeric'\)"):
         resumed(config, reward="numeric")
     with pytest.raises(ValueError, match=r"kernel_fingerprint='abc' \(now 'xyz'\)"):
@@ -133,6 +135,7 @@ def test_settings_that_change_bits_must_stay_and_all_that_differ_are_named(confi
 def test_settings_that_change_no_bit_may_be_others(config):
     saved(config, 5)
     others = {"num_engines": 3, "num_threads": 1, "eval_every": 1, "keep_checkpoints": 5, "num_steps": 40}
+    others |= {"trainer_timeout": 5.0, "gradient_checkpointing": True}
     assert resumed(dataclasses.replace(config, **others)).start.step == 5
 
 
