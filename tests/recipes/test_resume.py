@@ -67,7 +67,8 @@ def chance(request: pytest.FixtureRequest) -> random.Random:
     return random.Random(seed)
 
 
-@pytest.mark.timeout(900)  # four starts of Ray; under two minutes where nothing else runs
+@pytest.mark.slow  # four starts of Ray; by default tests/trainers/test_grpo.py goes on from a checkpoint
+@pytest.mark.timeout(900)
 def test_a_run_killed_at_a_random_step_and_in_a_checkpoint_goes_on_as_if_nothing_had_been(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], likely_data: str, chance: random.Random
 ):

@@ -68,6 +68,7 @@ def test_the_router_is_timed_with_as_many_engines_and_groups_as_asked_for():
     assert min(cost.reserve, cost.assign, cost.release) > 0
 
 
+@pytest.mark.slow
 def test_every_section_measures_what_it_says(local_ray, tmp_path: Path):
     options = Options(
         engines=(1, 2),
