@@ -112,6 +112,7 @@ def test_the_calculator_answers_what_the_model_asks_and_judges_what_it_says():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_real_model_calls_the_calculator_and_gets_better_at_it(tmp_path: Path):
     lines = run_code(CALCULATOR.read_text(), tmp_path).splitlines()
     rewards = [float(re.search(r"reward (\d\.\d+)", line)[1]) for line in lines]
