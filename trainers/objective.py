@@ -37,10 +37,9 @@ def make_targets(
 ) -> tuple[list[Targets], dict[str, float]]:
     """The targets of each micro-batch of one batch, and the batch's metrics about them.
 
-    ranks: those that share the batch, whose micro-batches the figures are taken over; all call this.
-
     proximal_logprobs: [C] for each micro-batch, of the policy before its first update; None on policy, where the
     rollouts' own are those, bit for bit. reference_logprobs: [C] for each, where config.kl_coef is above 0.
+    ranks: those that share the batch, over all of which figures are taken; all call this.
     """
     old_logprobs = proximal_logprobs or [batch.rollout_logprobs for batch in batches]
     corrections, metrics = _corrections(config, batches, proximal_logprobs, ranks)
