@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 # Of engines under one group, which may be what ends them. What an engine's own code raised, it will raise again.
 MAX_LOSSES: dict[Loss, int] = {"died": 5, "failed": 2}
 MAX_FAULTS = 100  # the latest, in `PoolStats`
+ABORT_SECONDS = 60.0  # in which a group that is to be aborted must reach an engine
+LOOK_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,10 +220,29 @@ class PoolCoordinator:
         logger.warning("groups of engine %d go on elsewhere", ref.engine_id, extra=fields | moved)
 
     async def abort(self, group_ids: Sequence[str]) -> None:
-        """Ends running groups with what they have; ValueError for ids that are not running."""
-        by_engine = self._router.locate(group_ids)
+        """Ends running groups with what they have; ValueError for ids that are not running.
+
+        A group may be on its way to an engine, or from a lost one to another, so one that its engine does not have is
+        asked for again, until it is ended or its caller has it. Raises EngineError if that takes too long.
+        """
+        running = self._router.locate(group_ids)
+        deadline = time.monotonic() + ABORT_SECONDS
+        while remaining := await self._abort_at_engines(running):
+            if time.monotonic() > deadline:
+                raise EngineError(
+                    f"groups {remaining} have not reached an engine within {ABORT_SECONDS:.0f} s, so they are not "
+                    f"aborted: their caller is gone or hangs"
+                )
+            await asyncio.sleep(LOOK_SECONDS)
+            running = self._router.locate([name for name in remaining if self._router.is_placed(name)])
+
+    async def _abort_at_engines(self, running: dict[int, list[str]]) -> list[str]:
+        """Asks every engine for its groups; returns those that it does not have."""
         refs = {slot.engine_id: slot.ref for slot in self._fleet.serving()}
-        await asyncio.gather(*(self._ask(refs[i], "abort", ids) for i, ids in by_engine.items() if i in refs))
+        asked = {i: names for i, names in running.items() if i in refs}
+        answers = await asyncio.gather(*(self._ask(refs[i], "abort", names) for i, names in asked.items()))
+        ended = {name for answer in answers for name in answer or ()}
+        return [name for names in running.values() for name in names if name not in ended]
 
     async def drain(self, timeout: float) -> list[str]:
         return await self._drain.run(timeout)

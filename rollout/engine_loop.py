@@ -127,8 +127,14 @@ class EngineLoop:
         return finished
 
     def abort(self, group_ids: Sequence[str]) -> list[str]:
-        """Ends the groups that run here with what they have; returns their ids."""
-        return self.run(lambda engine: self._abort(engine, group_ids), "abort")
+        """Ends the groups that run here with what they have; returns their ids, and those of groups that have ended."""
+
+        def abort(engine: Any) -> list[str]:
+            known = [name for name in group_ids if name in self._open_groups or self._is_uncollected(name)]
+            self._end_groups(engine, known)
+            return known
+
+        return self.run(abort, "abort")
 
     def forget(self, call_id: str) -> None:
         """Drops a call: aborts its running groups and throws its results away."""
@@ -251,6 +257,11 @@ class EngineLoop:
                 del self._open_groups[completion.request_id]
                 self._finish(completion.request_id, group)
 
+    def _is_uncollected(self, group_id: str) -> bool:
+        """Whether the group has ended here and waits for its caller."""
+        with self._changed:
+            return any(result.group_id == group_id for call in self._calls.values() for result in call.finished)
+
     def _finish(self, group_id: str, group: _OpenGroup) -> None:
         completions = sorted(group.completions, key=lambda completion: completion.index)
         with self._changed:
@@ -258,16 +269,16 @@ class EngineLoop:
                 self._calls[group.call_id].finished.append(GroupResult(group_id=group_id, completions=completions))
                 self._changed.notify_all()
 
-    def _abort(self, engine: Any, group_ids: Sequence[str]) -> list[str]:
+    def _end_groups(self, engine: Any, group_ids: Sequence[str]) -> None:
+        """Ends those that are open here."""
         running = [group_id for group_id in group_ids if group_id in self._open_groups]
         if running:
             self._deliver(engine.abort(running))
-        return running
 
     def _forget(self, engine: Any, call_id: str) -> None:
         with self._changed:
             self._calls.pop(call_id, None)
-        self._abort(engine, [group_id for group_id, group in self._open_groups.items() if group.call_id == call_id])
+        self._end_groups(engine, [group_id for group_id, group in self._open_groups.items() if group.call_id == call_id])
 
     def _end(self, failure: BaseException) -> None:
         """Marks the loop as ended and wakes everybody who waits for a result or a command."""

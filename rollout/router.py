@@ -129,6 +129,10 @@ class Router:
     def is_running(self, group_id: str) -> bool:
         return group_id in self._running
 
+    def is_placed(self, group_id: str) -> bool:
+        """Whether an engine has it, or had it when it was lost."""
+        return self._running.get(group_id) is not None
+
     def locate(self, group_ids: Sequence[str]) -> dict[int, list[str]]:
         """Placed groups by engine; ValueError names ids that are not running."""
         by_engine: dict[int, list[str]] = {}

@@ -66,6 +66,7 @@ def test_a_refused_group_is_a_value_error_of_its_call_alone(loop):
 def test_aborted_and_forgotten_groups_leave_the_engine(loop):
     loop.submit("call", [group("a", max_tokens=400), group("b", max_tokens=400)])
     assert loop.abort(["a", "unknown"]) == ["a"]
+    assert loop.abort(["a", "unknown"]) == ["a"]  # it has ended, and nobody has collected it
     (result,) = loop.collect("call", SECONDS)
     assert {c.finish_reason for c in result.completions} == {"abort"}
     loop.forget("call")

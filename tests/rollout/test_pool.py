@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+import threading
 import time
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from engine import EngineConfig, LLMEngine, SamplingParams
 from engine.prompts import derive_seed
 from engine.tokenizer import encode
 from rollout import EngineError, PoolHandle, RolloutPool
+from rollout.submission import Submission
 
 SEED = 7
 PARAMS = SamplingParams(n=3, max_tokens=16)
@@ -200,6 +202,23 @@ def test_aborted_groups_come_back_with_what_they_have(pool):
     assert all(len(r.token_ids) == len(r.logprobs) < 400 for r in groups["go"])
     with pytest.raises(ValueError, match="no running group has the id 'go'"):
         pool.abort(["go"])
+
+
+def test_a_group_on_its_way_to_an_engine_is_aborted_there(pool, monkeypatch):
+    """The coordinator has placed it, and its caller has not handed it over yet."""
+    send = Submission._send
+    threads = []
+
+    def send_late(self, groups, placement):
+        threads.append(threading.Thread(target=pool.abort, args=(["late"],)))
+        threads[0].start()
+        time.sleep(0.3)  # in which the order reaches the engine
+        send(self, groups, placement)
+
+    monkeypatch.setattr(Submission, "_send", send_late)
+    [group] = pool.generate([[5]], LONG, group_ids=["late"])
+    threads[0].join()
+    assert {r.finish_reason for r in group} == {"abort"}
 
 
 @pytest.mark.parametrize(
