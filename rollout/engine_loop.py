@@ -278,7 +278,7 @@ class EngineLoop:
     def _forget(self, engine: Any, call_id: str) -> None:
         with self._changed:
             self._calls.pop(call_id, None)
-        self._end_groups(engine, [group_id for group_id, group in self._open_groups.items() if group.call_id == call_id])
+        self._end_groups(engine, [name for name, group in self._open_groups.items() if group.call_id == call_id])
 
     def _end(self, failure: BaseException) -> None:
         """Marks the loop as ended and wakes everybody who waits for a result or a command."""
