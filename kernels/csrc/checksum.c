@@ -2,18 +2,13 @@
 #include <string.h>
 #include <stdint.h>
 
+#include "digest_lanes.h"
 #include "pool.h"
 #include "stream.h"
 
 #define LS_DIGEST_PIECE (1 << 18) /* floats hashed by themselves; fixed, so that threads cannot show in the result */
-#define LS_DIGEST_LANES 8
-#define LS_DIGEST_PRIME 0x9E3779B97F4A7C15ull
-
-#define LS_DIGEST_STREAMS 2  /* pieces hashed side by side: a hash waits for its own multiplication most of the time */
-#define LS_DIGEST_BLOCK 2048 /* floats of each that are hashed and then copied while they are in the first cache */
-
-typedef uint64_t lanes_t __attribute__((vector_size(8 * LS_DIGEST_LANES)));
-typedef uint32_t words_t __attribute__((vector_size(4 * LS_DIGEST_LANES)));
+#define LS_DIGEST_STREAMS 2       /* pieces hashed side by side: a hash waits for its own multiplication otherwise */
+#define LS_DIGEST_BLOCK 2048      /* floats of each that are hashed and then copied while they are in the first cache */
 
 typedef struct {
     const uint32_t *data;
@@ -23,27 +18,21 @@ typedef struct {
     int64_t n;
 } digest_job;
 
-typedef struct { /* a piece on its way: its lanes, and in which of them NaN or infinity was met */
-    lanes_t lanes;
-    words_t bad;
-} digest_state;
-
-static inline void mix(digest_state *state, const uint32_t *data) {
-    words_t words;
-    memcpy(&words, data, sizeof words);
-    state->bad |= (words_t)((words & 0x7f800000u) == 0x7f800000u);
-    lanes_t h = (state->lanes ^ __builtin_convertvector(words, lanes_t)) * LS_DIGEST_PRIME;
-    state->lanes = h ^ (h >> 32);
-}
-
 static void mix_block(digest_state *state, const uint32_t *data, int64_t n) {
     int64_t i = 0;
-    for (; i + LS_DIGEST_LANES <= n; i += LS_DIGEST_LANES) mix(state, data + i);
-    for (int l = 0; i < n; i++, l++) {
-        state->bad[l] |= (data[i] & 0x7f800000u) == 0x7f800000u;
-        uint64_t h = (state->lanes[l] ^ data[i]) * LS_DIGEST_PRIME;
-        state->lanes[l] = h ^ (h >> 32);
-    }
+    digest_registers r = digest_load(state);
+    for (; i + LS_DIGEST_LANES <= n; i += LS_DIGEST_LANES) digest_mix(&r, data + i);
+    digest_store(state, &r);
+    for (int l = 0; i < n; i++, l++) mix_word(state, l, data[i]);
+}
+
+/* A block of each of the pieces that are hashed side by side. */
+static void mix_blocks(digest_state *states, const uint32_t *data) {
+    digest_registers r[LS_DIGEST_STREAMS];
+    for (int s = 0; s < LS_DIGEST_STREAMS; s++) r[s] = digest_load(&states[s]);
+    for (int64_t i = 0; i < LS_DIGEST_BLOCK; i += LS_DIGEST_LANES)
+        for (int s = 0; s < LS_DIGEST_STREAMS; s++) digest_mix(&r[s], data + s * LS_DIGEST_PIECE + i);
+    for (int s = 0; s < LS_DIGEST_STREAMS; s++) digest_store(&states[s], &r[s]);
 }
 
 static void copy_block(const digest_job *j, int64_t begin, int64_t n) {
@@ -78,8 +67,7 @@ static void digest_full_pieces(const digest_job *j, int64_t first) {
     digest_state states[LS_DIGEST_STREAMS];
     for (int s = 0; s < LS_DIGEST_STREAMS; s++) states[s] = begin_piece();
     for (int64_t i = first * LS_DIGEST_PIECE; i < (first + 1) * LS_DIGEST_PIECE; i += LS_DIGEST_BLOCK) {
-        for (int64_t k = i; k < i + LS_DIGEST_BLOCK; k += LS_DIGEST_LANES)
-            for (int s = 0; s < LS_DIGEST_STREAMS; s++) mix(&states[s], j->data + s * LS_DIGEST_PIECE + k);
+        mix_blocks(states, j->data + i);
         for (int s = 0; s < LS_DIGEST_STREAMS; s++) copy_block(j, s * LS_DIGEST_PIECE + i, LS_DIGEST_BLOCK);
     }
     for (int s = 0; s < LS_DIGEST_STREAMS; s++) end_piece(j, first + s, &states[s]);
