@@ -19,7 +19,6 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 
 from engine.model import NamedTensors, Transformer
-from trainers import sharding
 from trainers.choices import TrainerParallelism, require_choice
 
 COLLECTIVE_SECONDS = 600.0
@@ -117,42 +116,6 @@ class ReplicatedRanks(Ranks):
             dist.all_reduce(parameter.grad)
 
 
-class ShardedRanks(Ranks):
-    """FSDP2: each rank holds its share of masters, gradients and moments. See sharding.py.
-
-    Every forward and backward is one of all ranks together; they add gradients up as they go.
-    """
-
-    parallelism = "fsdp"
-
-    def prepare(self, model: Transformer) -> None:
-        sharding.shard(model, self.num_ranks)
-
-    def end_forward(self, model: Transformer) -> None:
-        if not torch.is_grad_enabled():
-            model.reshard()  # a backward would: what lies outside the layers stays gathered until then
-
-    def reduce_gradients(self, model: Transformer) -> None:
-        model.reshard()  # where a forward with gradients had no backward
-
-    def repack(self, model: Transformer) -> None:
-        sharding.repack(model)
-
-    def named_weights(self, model: Transformer) -> Iterator[NamedTensor]:
-        model.reshard()
-        return sharding.named_weights(model)
-
-    def load_weights(self, model: Transformer, named_tensors: NamedTensors) -> bytes:
-        model.reshard()
-        return sharding.load_weights(model, named_tensors)
-
-    def full(self, tensor: torch.Tensor) -> torch.Tensor:
-        return sharding.full(tensor)
-
-    def part(self, whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-        return sharding.part_like(whole, parameter)
-
-
 def start_accelerator(collective_seconds: float = COLLECTIVE_SECONDS) -> Accelerator:
     """accelerate's view of this process; where the environment names several ranks, they meet here.
 
@@ -171,5 +134,8 @@ def make_ranks(accelerator: Accelerator, parallelism: TrainerParallelism) -> Ran
     require_choice("parallelism", parallelism, TrainerParallelism)
     if accelerator.num_processes == 1:
         return ONLY_RANK
-    kinds = {"ddp": ReplicatedRanks, "fsdp": ShardedRanks}
-    return kinds[parallelism](accelerator.process_index, accelerator.num_processes)
+    if parallelism == "ddp":
+        return ReplicatedRanks(accelerator.process_index, accelerator.num_processes)
+    from trainers.sharding import ShardedRanks  # a second of torch's modules that nothing else needs
+
+    return ShardedRanks(accelerator.process_index, accelerator.num_processes)

@@ -16,6 +16,43 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from engine.model import NamedTensors, PackedLinear, Transformer, WeightSlot
+from trainers.ranks import Ranks
+
+
+class ShardedRanks(Ranks):
+    """FSDP2: each rank holds its share of masters, gradients and moments.
+
+    Every forward and backward is one of all ranks together; they add gradients up as they go.
+    """
+
+    parallelism = "fsdp"
+
+    def prepare(self, model: Transformer) -> None:
+        shard(model, self.num_ranks)
+
+    def end_forward(self, model: Transformer) -> None:
+        if not torch.is_grad_enabled():
+            model.reshard()  # a backward would: what lies outside the layers stays gathered until then
+
+    def reduce_gradients(self, model: Transformer) -> None:
+        model.reshard()  # where a forward with gradients had no backward
+
+    def repack(self, model: Transformer) -> None:
+        repack(model)
+
+    def named_weights(self, model: Transformer) -> Iterator[tuple[str, torch.Tensor]]:
+        model.reshard()
+        return named_weights(model)
+
+    def load_weights(self, model: Transformer, named_tensors: NamedTensors) -> bytes:
+        model.reshard()
+        return load_weights(model, named_tensors)
+
+    def full(self, tensor: torch.Tensor) -> torch.Tensor:
+        return full(tensor)
+
+    def part(self, whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+        return part_like(whole, parameter)
 
 
 def shard(model: Transformer, num_ranks: int) -> None:

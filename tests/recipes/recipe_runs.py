@@ -46,7 +46,7 @@ class Run:
         os.kill(self.process.pid, signal.SIGKILL)
         self.wait()
         end = time.monotonic() + 30
-        while (left := self._processes()) and time.monotonic() < end and not all(map(is_agent, left.values())):
+        while (left := self.processes_by_id()) and time.monotonic() < end and not all(map(is_agent, left.values())):
             time.sleep(0.1)
         assert all(map(is_agent, left.values())), left
         for pid in left:
@@ -56,7 +56,7 @@ class Run:
 
     def processes(self) -> list[str]:
         """Command lines of the run's processes that are still there."""
-        return list(self._processes().values())
+        return list(self.processes_by_id().values())
 
     def processes_after(self, seconds: float) -> list[str]:
         """Those that are there still when `seconds` have passed."""
@@ -65,7 +65,8 @@ class Run:
             time.sleep(0.2)
         return self.processes()
 
-    def _processes(self) -> dict[int, str]:
+    def processes_by_id(self) -> dict[int, str]:
+        """Their command lines."""
         found = {}
         for entry in Path("/proc").glob("[0-9]*"):
             try:
