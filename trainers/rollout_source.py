@@ -34,8 +34,8 @@ class SourceState:
     groups: tuple[UntrainedGroup, ...] = ()  # the finished ones first, in the order in which they are to be given
 
 
-class SynchronousSource:
-    """Draws groups when they are asked for, under the weights in force."""
+class RolloutSource:
+    """What the sources share: the order of prompts, the names of groups, and the way through the pool's buffer."""
 
     sync_mode: SyncMode = "recompute"
 
@@ -52,10 +52,7 @@ class SynchronousSource:
 
     def take(self, num_groups: int) -> list[Drawn]:
         """The next groups."""
-        group_ids = self._names(range(self.order.position, self.order.position + num_groups))
-        rows = [self.rows[index] for index in self.order.take(num_groups)]
-        groups = self.pool.generate([row["prompt"] for row in rows], self.params, group_ids=group_ids)
-        return [Drawn(row=row, rollouts=group) for row, group in zip(rows, groups, strict=True)]
+        raise NotImplementedError
 
     def discard(self, num_groups: int) -> None:
         """So many of the groups that were taken will not be trained on."""
@@ -99,7 +96,17 @@ class SynchronousSource:
         return UntrainedGroup(position=_position(first.metadata), group_id=first.group_id, rollouts=tuple(rollouts))
 
 
-class LaggedSource(SynchronousSource):
+class SynchronousSource(RolloutSource):
+    """Draws groups when they are asked for, under the weights in force."""
+
+    def take(self, num_groups: int) -> list[Drawn]:
+        group_ids = self._names(range(self.order.position, self.order.position + num_groups))
+        rows = [self.rows[index] for index in self.order.take(num_groups)]
+        groups = self.pool.generate([row["prompt"] for row in rows], self.params, group_ids=group_ids)
+        return [Drawn(row=row, rollouts=group) for row, group in zip(rows, groups, strict=True)]
+
+
+class LaggedSource(RolloutSource):
     """Draws every batch wholly under the weights that are `lag` versions behind its turn: engines and trainer work at
     the same time, and the run repeats to the bit.
     """
@@ -157,7 +164,7 @@ class LaggedSource(SynchronousSource):
         self._finished |= {_position(group[0].metadata): group for group in self.pool.collect(num_groups)}
 
 
-class InFlightSource(SynchronousSource):
+class InFlightSource(RolloutSource):
     """Keeps the engines busy all the time: what runs when new weights come goes on under them.
 
     The pool's `max_staleness` bounds how many versions a token may lie behind when it is trained on.
@@ -211,6 +218,3 @@ class InFlightSource(SynchronousSource):
 def _position(metadata: Mapping[str, Any]) -> int:
     """Of a submitted group's prompt in the order."""
     return metadata["position"]
-
-
-RolloutSource = SynchronousSource
