@@ -70,6 +70,12 @@ class SamplingOptions:
     """Samples of each prompt."""
     temperature: float = 1.0
     """Sampling temperature; 1 draws from the model's own distribution."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that hold this mass; what could not be drawn is corrected for by that mass."""
+    top_k: int = 0
+    """Draw from so many of the likeliest tokens; 0 draws from all."""
+    min_p: float = 0.0
+    """Draw from tokens at least this share as likely as the likeliest; 0 draws from all."""
     max_tokens: int | None = None
     """Longest completion in tokens. None is 5 for sums, else 256."""
     stop: tuple[str, ...] | None = None

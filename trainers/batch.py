@@ -10,12 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import compress
+from itertools import compress, repeat
 
 import torch
 
 from engine.attention import Segment
 from rollout import Rollout
+
+# What changes a distribution by more than truncation, and its value that does not.
+_OF_THE_WHOLE = {
+    "temperature": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "logit_bias": None,
+    "allowed_token_ids": None,
+    "bad_words": (),
+    "min_tokens": 0,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +40,8 @@ class PackedBatch:
     target_rows: torch.Tensor  # [C] int64, the row whose hidden state predicts the token
     target_ids: torch.Tensor  # [C] int64
     temperature: torch.Tensor  # [C] float32
-    rollout_logprobs: torch.Tensor  # [C] float32, as the engine reported them
+    rollout_logprobs: torch.Tensor  # [C] float32, as the engine reported them, of the whole distribution
+    kept_mass: torch.Tensor  # [C] float32, the share of the distribution that could be drawn; 1 where all could
     advantages: torch.Tensor  # [C] float32, the sample's advantage on each of its tokens
     loss_mask: torch.Tensor  # [C] float32, 1 where a token is trained; all 1 as `pack` makes it
     sample_index: torch.Tensor  # [C] int32, the token's sample: its place in the list that was packed
@@ -48,8 +61,8 @@ def pack(rollouts: Sequence[Rollout], advantages: Sequence[float], share_prompts
 
     advantages: one per rollout. share_prompts=False lays each sample's prompt down again; the log-probabilities are
     the same bits, at the cost of more rows.
-    Raises ValueError for rollouts that were not drawn from the full distribution at a temperature: their
-    log-probabilities are not those of a trainer's forward pass.
+    Raises ValueError for rollouts whose distribution was changed by more than a temperature, or truncation at
+    temperature 1: their log-probabilities are not those of a trainer's forward pass.
     """
     return _pack_samples(rollouts, advantages, range(len(rollouts)), share_prompts)
 
@@ -100,14 +113,15 @@ def pack_tokens(
             sample_index += 1
     zeros, ones = [0.0] * len(layout.target_ids), [1.0] * len(layout.target_ids)
     versions = [0] * len(layout.target_ids)
-    return layout.to_batch(versions, temperature=ones, rollout_logprobs=zeros, advantages=zeros, loss_mask=ones)
+    columns = {"temperature": ones, "rollout_logprobs": zeros, "kept_mass": ones}
+    return layout.to_batch(versions, **columns, advantages=zeros, loss_mask=ones)
 
 
 def idle_batch() -> PackedBatch:
     """One row that predicts nothing: with it a rank that has no samples left takes part in a step of all ranks."""
     layout = _Layout()
     layout.add_prompt([0])
-    return layout.to_batch([], temperature=[], rollout_logprobs=[], advantages=[], loss_mask=[])
+    return layout.to_batch([], temperature=[], rollout_logprobs=[], kept_mass=[], advantages=[], loss_mask=[])
 
 
 @dataclass(slots=True)
@@ -199,21 +213,32 @@ def _columns(rollouts: Sequence[Rollout], advantages: Sequence[float]) -> dict[s
     temperatures = [rollout.sampling_params.logprob_temperature for rollout in rollouts]
     return {
         "temperature": [t for t, length in zip(temperatures, lengths, strict=True) for _ in range(length)],
-        "rollout_logprobs": [logprob for r in rollouts for logprob in compress(r.logprobs, r.loss_mask)],
+        "rollout_logprobs": [logprob for r in rollouts for logprob in compress(whole_logprobs(r), r.loss_mask)],
+        "kept_mass": [mass for r in rollouts for mass in compress(r.kept_mass or repeat(1.0), r.loss_mask)],
         "advantages": [a for a, length in zip(advantages, lengths, strict=True) for _ in range(length)],
         "loss_mask": [1.0] * sum(lengths),
     }
 
 
 def check_is_reproducible(rollout: Rollout) -> None:
-    """ValueError for a sample that would silently count as on-policy though the trainer's distribution is another."""
-    if rollout.kept_mass is not None:
+    """ValueError for a sample whose log-probabilities a trainer's forward pass does not give."""
+    params = rollout.sampling_params
+    if rollout.kept_mass is None:
+        return
+    changed = [name for name, plain in _OF_THE_WHOLE.items() if getattr(params, name) != plain]
+    if changed:
+        name = changed[0]
         raise ValueError(
-            f"rollout {rollout.group_id}[{rollout.index}] has a kept_mass: it was drawn from a distribution that "
-            "truncation, penalties, bias or masks changed, and a trainer knows the full one at a temperature only. "
-            "Leave top_p, top_k, min_p, penalties, logit_bias, allowed_token_ids, bad_words and min_tokens at their "
-            "defaults for samples to train on"
+            f"rollout {rollout.group_id}[{rollout.index}] was drawn with {name}={getattr(params, name)!r} from a "
+            "distribution that a trainer does not know: it computes the model's own, at a temperature, or cut by "
+            f"top_p, top_k and min_p at temperature 1. Leave {', '.join(_OF_THE_WHOLE)} at their defaults for samples "
+            "to train on"
         )
+
+
+def whole_logprobs(rollout: Rollout) -> list[float]:
+    """Log-probabilities of its tokens under the whole distribution, also where they were drawn from a part of it."""
+    return rollout.logprobs if rollout.kept_mass is None else rollout.raw_logprobs
 
 
 def _groups(rollouts: Sequence[Rollout], indices: Sequence[int]) -> Iterator[list[int]]:

@@ -92,7 +92,13 @@ class TrainingLoop:
         self.evaluator = Evaluator(eval_rows or (), config)
         self.callbacks, self.on_phase = tuple(callbacks), on_phase
         self.sampling_params = SamplingParams(
-            n=config.group_size, temperature=config.temperature, max_tokens=config.max_tokens, stop=config.stop
+            n=config.group_size,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            min_p=config.min_p,
+            max_tokens=config.max_tokens,
+            stop=config.stop,
         )
         self.checkpoints = RunCheckpoints(config, self.rows, settings)
         self.batch: Batch | None = None

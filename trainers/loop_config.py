@@ -35,6 +35,13 @@ class LoopConfig:
 
     temperature: float = 1.0
     """Sampling temperature."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that hold this mass; 1 draws from all. What is drawn from less than the whole
+    distribution is weighted by the mass that could be drawn (corrections.truncation_weights)."""
+    top_k: int = 0
+    """Draw from so many of the likeliest tokens; 0 draws from all."""
+    min_p: float = 0.0
+    """Draw from tokens at least this share as likely as the likeliest; 0 draws from all."""
     max_tokens: int = 5
     """Longest completion, in tokens."""
     stop: tuple[str, ...] = ("\n",)
@@ -127,6 +134,14 @@ class LoopConfig:
         require_choice("sync_mode", self.sync_mode, RunningSamples)
         require_choice("trainer_parallelism", self.trainer_parallelism, TrainerParallelism)
         require(self.temperature > 0, f"temperature={self.temperature} must be above 0: greedy samples are all alike")
+        require(0 < self.top_p <= 1, f"top_p={self.top_p} must be above 0 and at most 1")
+        require(0 <= self.min_p <= 1, f"min_p={self.min_p} must be between 0 and 1")
+        require(self.top_k >= 0, f"top_k={self.top_k} must not be negative; 0 draws from all tokens")
+        require(
+            self.temperature == 1 or not self.is_truncated,
+            f"temperature={self.temperature} must be 1 with top_p, top_k or min_p: an engine reports the whole "
+            "distribution's log-probabilities, which a trainer compares with its own, at temperature 1",
+        )
         if self.journal_dir is None:
             for name in ("keep_weights_every", "keep_last"):
                 require(getattr(self, name) is None, f"{name}={getattr(self, name)} needs a journal_dir")
@@ -147,6 +162,11 @@ class LoopConfig:
     def num_optimizer_steps(self) -> int:
         """Over the whole run, steps without anything to train on included."""
         return self.num_steps * self.updates_per_step
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether samples are drawn from less than the whole distribution."""
+        return (self.top_p, self.top_k, self.min_p) != (1.0, 0, 0.0)
 
     @property
     def max_lag(self) -> int:

@@ -9,7 +9,7 @@ import torch
 
 from trainers.advantages import whiten
 from trainers.batch import PackedBatch
-from trainers.corrections import correction_weights, effective_sample_size
+from trainers.corrections import correction_weights, effective_sample_size, truncation_weights
 from trainers.gae import discounted_returns
 from trainers.losses import LossOutput, add_losses, entropy_loss, kl_estimate, kl_loss, policy_loss, token_weights
 from trainers.objective_config import ObjectiveConfig
@@ -24,7 +24,7 @@ class Targets:
     advantages: torch.Tensor  # [C] float32
     old_logprobs: torch.Tensor  # [C] float32, of the proximal policy: the ratio's denominator
     reference_logprobs: torch.Tensor | None  # [C] float32, where the loss holds a KL
-    correction: torch.Tensor | None  # [C] float32 for tokens of another policy than the proximal; None on policy
+    correction: torch.Tensor | None  # [C] float32 for tokens drawn otherwise than by the proximal policy, else None
 
 
 def make_targets(
@@ -119,9 +119,26 @@ def _corrections(
     proximal_logprobs: Sequence[torch.Tensor] | None,
     ranks: Ranks,
 ) -> tuple[Sequence[torch.Tensor | None], dict[str, float]]:
-    if proximal_logprobs is None or config.correction == "none" or not batches:
+    """Weights for what an older policy drew, times those for what a part of the distribution was drawn from."""
+    if config.correction == "none" or not batches:
         return [None] * len(batches), {}
-    weights = [
+    weights: list[torch.Tensor] | None = None
+    metrics: dict[str, float] = {}
+    if config.is_truncated:
+        weights = [truncation_weights(batch.kept_mass) for batch in batches]
+        metrics["correction/kept_mass_mean"] = _mean_and_size(weights, batches, ranks)[0]
+    if proximal_logprobs is not None:
+        stale = _stale_weights(config, batches, proximal_logprobs)
+        weights = stale if weights is None else [one * other for one, other in zip(weights, stale, strict=True)]
+        mean, size = _mean_and_size(weights, batches, ranks)
+        metrics |= {"correction/weight_mean": mean, "correction/effective_sample_size": size}
+    return weights or [None] * len(batches), metrics
+
+
+def _stale_weights(
+    config: ObjectiveConfig, batches: Sequence[PackedBatch], proximal_logprobs: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    return [
         correction_weights(
             proximal,
             batch.rollout_logprobs,
@@ -133,11 +150,14 @@ def _corrections(
         )
         for proximal, batch in zip(proximal_logprobs, batches, strict=True)
     ]
+
+
+def _mean_and_size(
+    weights: Sequence[torch.Tensor], batches: Sequence[PackedBatch], ranks: Ranks
+) -> tuple[float, float]:
+    """Mean weight and effective sample size over the tokens of all ranks."""
     joined, mask = ranks.joined(torch.cat(weights)), ranks.joined(torch.cat([batch.loss_mask for batch in batches]))
-    return weights, {
-        "correction/weight_mean": ((joined * mask).sum() / mask.sum()).item(),
-        "correction/effective_sample_size": effective_sample_size(joined, mask),
-    }
+    return ((joined * mask).sum() / mask.sum()).item(), effective_sample_size(joined, mask)
 
 
 def _with_kl_penalty(

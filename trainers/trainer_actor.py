@@ -209,6 +209,11 @@ class TrainerActor:
                     f"{rollout.kernel_fingerprint}, the trainer's is {self.policy.kernel_fingerprint}: run engines and "
                     "trainer with one build and one numerics profile"
                 )
+            if rollout.kept_mass is not None and not self.config.is_truncated:
+                raise ValueError(
+                    f"rollout {rollout.group_id}[{rollout.index}] was drawn from a part of the distribution, which the "
+                    "trainer's config does not say: give it the top_p, top_k or min_p of the sampling parameters"
+                )
             version, max_lag = self.policy.policy_version, self.config.max_lag
             others = {one for one in rollout.policy_versions if not version - max_lag <= one <= version}
             if others:

@@ -52,6 +52,8 @@ def draw_rollouts(make_rollout: Callable[..., Rollout]) -> Callable[..., list[li
                 index=completion.index,
                 logprobs=list(completion.logprobs),
                 policy_versions=list(completion.policy_versions),
+                raw_logprobs=completion.raw_logprobs,
+                kept_mass=completion.kept_mass,
                 finish_reason=completion.finish_reason,
                 text=completion.text,
                 sampling_params=params,

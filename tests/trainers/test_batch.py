@@ -94,11 +94,24 @@ def test_greedy_samples_are_measured_at_temperature_one(make_rollout):
 
 
 def test_a_sample_of_a_changed_distribution_is_never_taken_for_an_on_policy_one(make_rollout):
-    truncated = make_rollout([7], [1], index=3, raw_logprobs=[-0.7], kept_mass=[0.9])
-    with pytest.raises(ValueError, match=r"rollout g0\[3\] has a kept_mass.*Leave top_p, top_k"):
-        pack([make_rollout([7], [1]), truncated], [0.0, 0.0])
+    detail = {"raw_logprobs": [-0.7], "kept_mass": [0.9]}
+    for changed in ({"min_tokens": 1}, {"presence_penalty": 0.5}, {"logit_bias": {3: 1.0}}, {"temperature": 0.7}):
+        params = SamplingParams(top_p=0.9, **changed)
+        other = make_rollout([7], [1], index=3, sampling_params=params, **detail)
+        with pytest.raises(
+            ValueError, match=rf"rollout g0\[3\] was drawn with {next(iter(changed))}=.*at their defaults"
+        ):
+            pack([make_rollout([7], [1]), other], [0.0, 0.0])
     listed = make_rollout([7], [1], top_logprobs=[{1: -0.5, 2: -1.0}])
     assert pack([listed], [0.0]).num_targets == 1
+
+
+def test_truncated_samples_are_measured_under_the_whole_distribution(make_rollout):
+    detail = {"raw_logprobs": [-0.7, -1.0, -2.0], "kept_mass": [0.9, 1.0, 0.5], "loss_mask": [1, 0, 1]}
+    truncated = make_rollout([7], [1, 2, 3], index=3, sampling_params=SamplingParams(top_k=9), **detail)
+    batch = pack([make_rollout([7], [1]), truncated], [0.0, 0.0])
+    assert batch.rollout_logprobs.tolist() == pytest.approx([-0.5, -0.7, -2.0])
+    assert batch.kept_mass.tolist() == pytest.approx([1.0, 0.9, 0.5])
 
 
 def test_equal_prompts_of_other_groups_are_not_shared(make_rollout):

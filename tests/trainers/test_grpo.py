@@ -265,12 +265,19 @@ def processes_with_environment(entry: str) -> list[str]:
         {"learning_rate": 0.0}, {"max_grad_norm": 0.0}, {"clip_low": 0.0}, {"clip_low": 1.5}, {"clip_high": 0.0},
         {"temperature": 0.0}, {"num_threads": 0}, {"reward_timeout": 0.0}, {"reward_processes": -1},
         {"checkpoint_every": -1}, {"checkpoint_every": 2}, {"keep_checkpoints": 0},
+        {"top_p": 0.0}, {"top_k": -1}, {"min_p": 1.5},
     ],
 )  # fmt: skip
 def test_wrong_settings_are_named(field):
     ((name, value),) = field.items()
     with pytest.raises(ValueError, match=f"{name}={value}"):
         GRPOConfig(**field)
+
+
+def test_samples_of_a_part_of_the_distribution_are_drawn_at_temperature_one():
+    assert GRPOConfig(top_k=20, min_p=0.1).is_truncated
+    with pytest.raises(ValueError, match=r"temperature=0\.7 must be 1 with top_p"):
+        GRPOConfig(temperature=0.7, top_p=0.9)
 
 
 def test_prompts_of_mixed_kinds_and_groups_of_one_train_in_lockstep(local_ray, engine_config):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from engine import SamplingParams
 from trainers import ALGORITHMS, GRPOConfig, pack, pack_micro_batches
 from trainers.objective import batch_loss, make_targets
 
@@ -31,6 +32,23 @@ def test_on_policy_targets_are_the_rollouts_own(rollouts):
     assert torch.equal(targets.old_logprobs, batch.rollout_logprobs)
     assert targets.correction is None
     assert metrics == {}
+
+
+def test_samples_of_a_part_of_the_distribution_are_weighted_by_its_mass(make_rollout):
+    fields = {"raw_logprobs": [-1.5, -2.0], "kept_mass": [0.25, 1.0], "sampling_params": SamplingParams(top_p=0.9)}
+    rollouts = [make_rollout([1, 2], [10, 11], **fields), make_rollout([1, 2], [12], index=1)]
+    batch = pack(rollouts, [1.0, -1.0])
+    config = GRPOConfig(**CHOICES, top_p=0.9)
+    (targets,), metrics = make_targets(config, [batch])
+    assert targets.old_logprobs.tolist() == [-1.5, -2.0, -0.5]
+    assert targets.correction.tolist() == [0.25, 1.0, 1.0]
+    assert metrics == {"correction/kept_mass_mean": 0.75}
+    proximal = batch.rollout_logprobs + torch.tensor([2.0, -2.0, 0.0]).log1p().nan_to_num(-math.log(2))
+    (stale,), metrics = make_targets(config, [batch], proximal_logprobs=[proximal])
+    assert stale.correction.tolist() == pytest.approx([0.25 * 2.0, 0.5, 1.0])  # a ratio of 3 counts as 2
+    assert metrics["correction/weight_mean"] == pytest.approx(2 / 3)
+    (plain,), metrics = make_targets(dataclasses.replace(config, correction="none"), [batch])
+    assert (plain.correction, metrics) == (None, {})
 
 
 def test_the_kl_in_the_reward_is_charged_to_a_token_and_those_before_it(rollouts):

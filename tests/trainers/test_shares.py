@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from engine import SamplingParams
 from trainers import pack_micro_batches
 from trainers.batch import idle_batch
 from trainers.shares import rank_micro_batches, split_by_rows
@@ -78,7 +79,8 @@ def test_an_idle_batch_predicts_nothing():
 def test_what_one_rank_would_refuse_every_rank_refuses(make_rollout, rollouts):
     with pytest.raises(ValueError, match="2 advantages for 20 rollouts"):
         rank_micro_batches(rollouts, [0.0, 1.0], rank=1, num_ranks=2, max_tokens=16)
-    truncated = [make_rollout([1], [2], kept_mass=[0.5]), *rollouts]
+    changed = SamplingParams(repetition_penalty=1.5)
+    refused = [make_rollout([1], [2], kept_mass=[0.5], sampling_params=changed), *rollouts]
     for rank in range(2):
-        with pytest.raises(ValueError, match="kept_mass"):
-            rank_micro_batches(truncated, [0.0] * 21, rank=rank, num_ranks=2, max_tokens=16)
+        with pytest.raises(ValueError, match=r"repetition_penalty=1\.5"):
+            rank_micro_batches(refused, [0.0] * 21, rank=rank, num_ranks=2, max_tokens=16)

@@ -53,6 +53,20 @@ def test_mismatch_is_exactly_zero_on_every_token_of_every_step(start, draw):
         trainer.sync()
 
 
+def test_samples_of_a_part_of_the_distribution_agree_to_the_bit_and_are_weighted(start, engine, draw_rollouts):
+    params = dataclasses.replace(PARAMS, top_p=0.7, top_k=40)
+    rollouts = [rollout for group in draw_rollouts(engine, PROMPTS, params) for rollout in group]
+    metrics = start(top_p=0.7, top_k=40).step(rollouts, advantages_of(rollouts))
+    assert metrics["mismatch/num_tokens"] == sum(len(r.token_ids) for r in rollouts)
+    assert metrics["mismatch/logprob_abs_diff_max"] == 0.0
+    kept = [mass for r in rollouts for mass in r.kept_mass]
+    assert metrics["correction/kept_mass_mean"] == pytest.approx(sum(kept) / len(kept))
+    assert 0.5 < metrics["correction/kept_mass_mean"] < 0.95
+    assert metrics["actor/pg_clipfrac"] == 0.0
+    with pytest.raises(ValueError, match=r"drawn from a part of the distribution.*give it the top_p"):
+        start().step(rollouts, advantages_of(rollouts))
+
+
 def test_a_wrong_logprob_shows_as_mismatch(start, draw):
     rollouts = draw()
     logprobs = list(rollouts[3].logprobs)
