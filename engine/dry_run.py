@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
-from engine.config import Device, EngineConfig, Numerics
+from engine.computation import Device, Numerics
+from engine.config import EngineConfig
 from engine.memory_plan import MemoryPlan
 
 _SIZES = ("max_model_len", "max_num_seqs", "block_size", "num_blocks", "kv_cache_memory_bytes")
