@@ -61,6 +61,10 @@ def learned(policy: Policy, batch) -> dict[str, float]:
     return policy.optim_step()
 
 
+def by_place(completions, **columns) -> list[float]:
+    return [float(place) for place, _ in enumerate(completions)]
+
+
 def test_gradients_are_near_those_of_the_cpu_and_repeat(model, rollouts):
     batch, ours = pack(rollouts, ADVANTAGES), interpreted(model)
     found, again = gradients(ours, batch), gradients(ours, batch)
@@ -139,6 +143,18 @@ def test_ppos_first_ratio_is_one(model, rollouts, engine):
     metrics, _ = PPOActor(model, "float32", config, OneEngine(engine), "interpreter").step(rollouts, ADVANTAGES)
     assert metrics["mismatch/logprob_abs_diff_max"] == 0.0
     assert metrics["actor/first_ratio_abs_diff_max"] == 0.0
+
+
+@pytest.mark.slow
+def test_a_run_trains_on_the_device_of_its_engines(local_ray, model):
+    config = GRPOConfig(**SETTINGS, num_steps=2, num_prompts=1, group_size=2, max_tokens=2, stop=(), reward_processes=0)
+    engine_config = EngineConfig(model, device="interpreter", numerics="float32", num_blocks=16, max_model_len=64)
+    trainer = GRPOTrainer(config, engine_config, [{"prompt": PROMPTS[0]}], by_place)
+    steps = trainer.train()[1:]
+    assert trainer.environment["trainer"]["profile"] == "gpu-float32"
+    assert [metrics["policy_version"] for metrics in steps] == [1, 2]
+    assert [metrics["mismatch/num_tokens"] for metrics in steps] == [4, 4]
+    assert [metrics["mismatch/logprob_abs_diff_max"] for metrics in steps] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("make", [Policy, Critic])
