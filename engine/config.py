@@ -5,15 +5,14 @@ from __future__ import annotations
 import difflib
 import os
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import Literal, get_args
+from typing import Literal
 
+from engine.computation import Computation, Device, DeviceName, Numerics, check_computation, require_choice
 from engine.model_config import ModelConfig
 
 __all__ = ["EngineConfig", "ModelConfig", "reject_unknown_options"]
 
-Numerics = Literal["auto", "float32", "bfloat16", "bfloat16-dot"]
 KVCacheDtype = Literal["auto", "float32", "bfloat16"]
-Device = Literal["auto", "cpu", "cuda", "interpreter"]
 
 BLOCK_SIZE_MULTIPLE = 16  # the attention kernels' lanes run over this many slots
 
@@ -39,6 +38,8 @@ class EngineConfig:
     block_size: int = 16  # tokens in one KV block, a multiple of 16
     num_blocks: int | None = None  # size of the KV pool in blocks; None derives it from kv_cache_memory_bytes
     kv_cache_memory_bytes: int | None = None  # size of the KV pool in bytes; None lets the engine choose
+    # of a GPU's memory, what the engine takes at most for weights, activations and a KV pool whose size it chooses
+    gpu_memory_utilization: float = 0.9
     max_model_len: int | None = None  # longest prompt + completion; None is the model's context length
     max_num_seqs: int = 256  # samples that run at once
     max_num_batched_tokens: int = 2048  # token budget of one step
@@ -66,24 +67,13 @@ class EngineConfig:
         self._check_ranges()
 
     def _check_choices(self) -> None:
-        _require_choice("numerics", self.numerics, get_args(Numerics))
-        _require_choice("device", self.device, get_args(Device))
-        self._check_device()
+        check_computation(self.numerics, self.device)
         if self.kv_cache_dtype != "auto":
             of_profile = self.profile_name.removeprefix("gpu-").removesuffix("-dot")
-            _require_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto", of_profile))
-        _require_choice("enforce_eager", self.enforce_eager, (True, False))
-        _require_choice("async_scheduling", self.async_scheduling, ("auto", True, False))
-        _require_choice("enable_prefix_caching", self.enable_prefix_caching, (True, False))
-
-    def _check_device(self) -> None:
-        if self.device == "cuda" and not _has_cuda():
-            raise ValueError("device='cuda' is not available: torch finds no CUDA device here. Use 'auto' or 'cpu'")
-        if self.device in ("cuda", "interpreter") and self.numerics == "bfloat16-dot":
-            raise ValueError(
-                f"numerics={self.numerics!r} is a profile of the CPU: on device={self.device!r} use 'bfloat16' or "
-                "'float32'"
-            )
+            require_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto", of_profile))
+        require_choice("enforce_eager", self.enforce_eager, (True, False))
+        require_choice("async_scheduling", self.async_scheduling, ("auto", True, False))
+        require_choice("enable_prefix_caching", self.enable_prefix_caching, (True, False))
 
     def _check_ranges(self) -> None:
         for name in ("num_threads", "block_size", "max_num_seqs", "max_num_batched_tokens", "num_scheduler_steps"):
@@ -95,6 +85,8 @@ class EngineConfig:
         _require_int("seed", self.seed, minimum=0, maximum=2**64 - 1)
         if self.block_size % BLOCK_SIZE_MULTIPLE:
             raise ValueError(f"block_size={self.block_size} must be a multiple of {BLOCK_SIZE_MULTIPLE}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization} must be above 0 and at most 1")
         if self.num_blocks is not None and self.kv_cache_memory_bytes is not None:
             raise ValueError(
                 f"num_blocks={self.num_blocks} and kv_cache_memory_bytes={self.kv_cache_memory_bytes} both size the "
@@ -102,11 +94,9 @@ class EngineConfig:
             )
 
     @property
-    def device_name(self) -> Literal["cpu", "cuda", "interpreter"]:
+    def device_name(self) -> DeviceName:
         """The device in force, as this process sees the machine."""
-        if self.device != "auto":
-            return self.device
-        return "cuda" if self.numerics != "bfloat16-dot" and _has_cuda() else "cpu"
+        return Computation.resolve(self.numerics, self.device).device_name
 
     @property
     def is_async(self) -> bool:
@@ -118,9 +108,7 @@ class EngineConfig:
     @property
     def profile_name(self) -> str:
         """The numerics profile in force, on the device in force."""
-        if self.device_name == "cpu":
-            return "float32" if self.numerics == "auto" else self.numerics
-        return "gpu-float32" if self.numerics == "float32" else "gpu-bfloat16"
+        return Computation.resolve(self.numerics, self.device).profile_name
 
     def resolve_max_model_len(self, model_config: ModelConfig) -> int:
         """The longest prompt + completion, in tokens: as asked for, or all that the model can do.
@@ -145,12 +133,6 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _has_cuda() -> bool:
-    import torch  # reading a config that does not ask leaves it out
-
-    return torch.cuda.is_available()
-
-
 def reject_unknown_options(options_class: type, options: dict[str, object]) -> None:
     """Raises TypeError, naming the nearest option and all that exist, if `options` has a name that the class lacks."""
     known = [field.name for field in fields(options_class) if field.init]
@@ -165,13 +147,6 @@ def _model_name(model: object) -> str:
     if not isinstance(model, (str, os.PathLike)) or not str(model).strip():
         raise ValueError(f"model={model!r} must be a directory, a .gguf file, 'smollm2-135m-instruct' or a hub id")
     return os.fspath(model)
-
-
-def _require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    # by type as well, since 1 == True in Python
-    if not any(value == choice and isinstance(value, type(choice)) for choice in choices):
-        available = " or ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{name}={value!r} is not available in this version: use {available}")
 
 
 def _require_int(name: str, value: object, minimum: int, maximum: int | None = None) -> None:

@@ -54,6 +54,9 @@ class CPUOps:
     def linear(self, x_TK, matrix, num_outputs, bias=None, master=None, into_residual=False) -> torch.Tensor:
         return linear(x_TK, matrix, num_outputs, bias, master, self.profile.is_dot)
 
+    def select_rows(self, x_TD: torch.Tensor, rows_C: torch.Tensor) -> torch.Tensor:
+        return x_TD.index_select(0, rows_C)
+
     def rotary(
         self,
         qk_TXH: torch.Tensor,

@@ -7,16 +7,18 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
-from engine.config import Device, EngineConfig, Numerics
+from engine.computation import Device, Numerics
+from engine.config import EngineConfig
 from engine.memory_plan import MemoryPlan
 
 _SIZES = ("max_model_len", "max_num_seqs", "block_size", "num_blocks", "kv_cache_memory_bytes")
+_SHARE = "gpu_memory_utilization"
 DEFAULT_LENGTH = 512  # of a prompt and of a completion
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    given = {name: getattr(options, name) for name in _SIZES if getattr(options, name) is not None}
+    given = {name: getattr(options, name) for name in (*_SIZES, _SHARE) if getattr(options, name) is not None}
     try:
         config = EngineConfig(options.model, numerics=options.numerics, device=options.device, **given)
         plan = MemoryPlan.from_config(config)
@@ -60,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=get_args(Device), default="auto")
     for name in _SIZES:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="as EngineConfig has it")
+    parser.add_argument(f"--{_SHARE.replace('_', '-')}", type=float, help="as EngineConfig has it")
     parser.add_argument("--prompt-length", type=int, default=DEFAULT_LENGTH, help="tokens of the groups' prompts")
     parser.add_argument("--completion-length", type=int, default=DEFAULT_LENGTH, help="tokens of each sample")
     parser.add_argument("--group-size", type=int, default=8, help="samples of a prompt")

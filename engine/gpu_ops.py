@@ -55,6 +55,10 @@ class GPUOps:
     def linear(self, x_TK, matrix, num_outputs, bias=None, master=None, into_residual=False) -> torch.Tensor:
         return linear(x_TK, matrix, bias, torch.float32 if into_residual else self.dtype, master)
 
+    def select_rows(self, x_TD: torch.Tensor, rows_C: torch.Tensor) -> torch.Tensor:
+        # its backward sorts the rows, where that of index_select would let equal ones race on CUDA
+        return torch.nn.functional.embedding(rows_C, x_TD)
+
     def rms_norm(self, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
         return rms_norm(x_TD, weight_D, eps, self.dtype)
 

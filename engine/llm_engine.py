@@ -64,7 +64,7 @@ class LLMEngine:
         self._clock = StepClock(None if self._trace_file is None else Trace())
         kernels.set_num_threads(config.num_threads)
         if ops is None:
-            ops = make_ops(config.profile_name, "cuda" if config.device_name == "cuda" else "cpu")
+            ops = make_ops(config.numerics, config.device)
         self.kernel_fingerprint: str = ops.fingerprint()
         directory = resolve_model(config.model)
         self.model_config = ModelConfig.from_directory(directory)

@@ -30,7 +30,7 @@ class MemoryPlan:
 
         Raises ValueError as LLMEngine does, for a model or sizes that cannot work.
         """
-        ops = make_ops(config.profile_name, "cuda" if config.device_name == "cuda" else "cpu")
+        ops = make_ops(config.numerics, config.device)
         model_config = read_model_config(config.model)
         max_model_len = config.resolve_max_model_len(model_config)
         return cls(

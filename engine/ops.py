@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 import torch
 
-from kernels.profiles import GPU_PROFILES, Profile, get_profile
+from engine.computation import Computation, Device, Numerics
+from kernels.profiles import GPU_PROFILES, PROFILES, Profile
 
 HeadNormWeights = tuple[torch.Tensor, torch.Tensor]  # of queries and keys, [H] float32 each
 
@@ -41,6 +42,9 @@ class Ops(Protocol):
     def embedding(
         self, ids_T: torch.Tensor, matrix: torch.Tensor, master: torch.Tensor | None = None
     ) -> torch.Tensor: ...
+
+    def select_rows(self, x_TD: torch.Tensor, rows_C: torch.Tensor) -> torch.Tensor:
+        """x[rows], [C, D], differentiable: gradients of a row that is named several times add up in a fixed order."""
 
     def rms_norm(self, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor: ...
 
@@ -117,15 +121,17 @@ class Ops(Protocol):
     ) -> torch.Tensor: ...
 
 
-def make_ops(numerics: str, device: torch.device | str = "cpu") -> Ops:
-    """The ops of a numerics profile. `device` is for the GPU profiles; under Triton's interpreter it may be the CPU.
+def make_ops(numerics: Numerics, device: Device = "cpu") -> Ops:
+    """The ops of engine and trainer alike for numerics on a device, both as EngineConfig takes them.
 
-    Raises ValueError for a profile that does not exist.
+    Raises ValueError for what does not exist or does not go together.
     """
-    if numerics in GPU_PROFILES:
+    computation = Computation.resolve(numerics, device)
+    if computation.device_name != "cpu":
         from engine.gpu_ops import GPUOps  # needs triton, which a machine without a GPU may lack
 
-        return GPUOps(GPU_PROFILES[numerics], torch.device(device))
+        place = "cuda" if computation.device_name == "cuda" else "cpu"  # where the interpreter's tensors lie
+        return GPUOps(GPU_PROFILES[computation.profile_name], torch.device(place))
     from engine.cpu_ops import CPUOps
 
-    return CPUOps(get_profile(numerics))
+    return CPUOps(PROFILES[computation.profile_name])

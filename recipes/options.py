@@ -178,6 +178,8 @@ class LoopOptions:
 class RankOptions:
     """How the trainer is spread over processes; bits of rollouts and log-probabilities do not depend on it."""
 
+    trainer_gpus: float | None = None
+    """GPUs that Ray reserves for the trainer, or a part of one. None shares this machine's evenly with the engines."""
     num_trainer_ranks: int = 1
     """Trainer processes that share each step's samples; their gradients add up."""
     trainer_parallelism: TrainerParallelism = "ddp"
@@ -190,12 +192,20 @@ class RankOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """How the engines run; of these, only numerics changes bits of a rollout, and max_model_len may cut it off."""
+    """How the engines run; of these, only numerics and device change bits of a rollout, and max_model_len may cut it
+    off."""
 
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What engines and trainer compute on; auto takes an NVIDIA GPU where there is one."""
     numerics: Literal["auto", "float32", "bfloat16", "bfloat16-dot"] = "auto"
-    """Numbers of engine and trainer alike: float32 (auto), bfloat16 weights, or bfloat16 products, twice as fast."""
+    """Numbers of engine and trainer alike: float32 (auto on a CPU), bfloat16 weights (auto on a GPU), or, on a CPU
+    alone, bfloat16 products, twice as fast."""
     num_engines: int = 1
     """Engine actors that generate."""
+    engine_gpus: float | None = None
+    """GPUs that Ray reserves for each engine, or a part of one. None shares this machine's evenly with the trainer."""
+    gpu_memory_utilization: float = 0.9
+    """Of its GPU's memory, or of that of its part of one, what an engine takes for weights, activations and KV pool."""
     num_threads: int | None = None
     """CPU threads of each engine and of each trainer rank; engines and trainer take turns. None is every core."""
     max_num_seqs: int = 256

@@ -107,10 +107,14 @@ def print_dry_run(recipe: Recipe, options: Options) -> None:
     """What each engine would take of the machine's memory, and how many of the run's samples fit."""
     from engine.dry_run import DEFAULT_LENGTH, describe
     from engine.memory_plan import MemoryPlan
+    from rollout.pool import within_gpu_share
+    from trainers.gpu_shares import GPUShares
 
     with user_errors():
-        make_config(recipe.classes()[0], options, Path())  # its mistakes are told as well
-        plan = MemoryPlan.from_config(make_engine_config(options))
+        config = make_config(recipe.classes()[0], options, Path())  # its mistakes are told as well
+        engine_config = make_engine_config(options)
+        shares = GPUShares.from_config(config, engine_config)
+        plan = MemoryPlan.from_config(within_gpu_share(engine_config, shares.engine))
     if options.engine.num_engines > 1:
         print(f"each of {options.engine.num_engines} engines:")
     print(describe(plan, DEFAULT_LENGTH, options.max_tokens, options.sampling.group_size))

@@ -38,7 +38,8 @@ class RolloutPool(PoolHandle):
 
     Args:
         engine_cpus, engine_gpus: what Ray reserves for one engine; 0 CPUs let engines share cores with a trainer that
-            works while they idle.
+            works while they idle. An engine with a part of a GPU takes no more than that part of what
+            `gpu_memory_utilization` gives it.
         placement: how a placement group lays the engines out over nodes; None spreads them where there is room.
         max_staleness, groups_per_version, on_stale: for `submit` and `collect`, see `StalenessLimit`.
         weight_transport: how `sync_weights` carries weights: "shared_memory" on one node, "broadcast" between nodes,
@@ -96,7 +97,7 @@ class RolloutPool(PoolHandle):
             if placement is not None:
                 self._placement_group = _placement_group(num_engines, self._resources, placement, start_seconds)
             spec = EngineSpec(
-                config=config,
+                config=within_gpu_share(config, engine_gpus),
                 engine_factory=engine_factory,
                 runtime_env=cluster.actor_env(config.num_threads),
                 num_cpus=engine_cpus,
@@ -218,6 +219,13 @@ def _with_absolute_model(config: EngineConfig) -> EngineConfig:
     """Workers have another working directory, so a path is made absolute; a hub id stays as it is."""
     path = Path(config.model).expanduser()
     return replace(config, model=str(path.resolve())) if path.exists() else config
+
+
+def within_gpu_share(config: EngineConfig, engine_gpus: float) -> EngineConfig:
+    """The config of an engine that has so much of a GPU: with a part of one it leaves the other parts their memory."""
+    if not 0 < engine_gpus < 1:
+        return config
+    return replace(config, gpu_memory_utilization=config.gpu_memory_utilization * engine_gpus)
 
 
 def _check_capacity(num_engines: int, resources: dict[str, float]) -> None:

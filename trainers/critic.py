@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from engine.checkpoint import resolve_model
+from engine.computation import Device, Numerics
 from engine.model import NamedTensors, PackedLinear, Transformer
+from engine.ops import make_ops
 from trainers.batch import PackedBatch
 from trainers.losses import LossOutput, value_loss
 from trainers.optimizer import MasterOptimizer
@@ -34,8 +36,8 @@ class ValueModel(nn.Module):
         self.repack()
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
-        """Values [C] float32 of the states before a packed batch's targets."""
-        return self.head(packed_hidden(self.trunk, batch)).squeeze(1)
+        """Values [C] float32, on the CPU, of the states before a packed batch's targets."""
+        return self.head(packed_hidden(self.trunk, batch)).squeeze(1).cpu()
 
     def repack(self) -> None:
         """Brings the packed storage up to date with the masters."""
@@ -46,16 +48,17 @@ class ValueModel(nn.Module):
 class Critic:
     """Values in training: of each state, the discounted sum of the rewards that the policy still gets.
 
-    model: the policy's, whose weights the trunk begins with; numerics: its profile. With a head of zeros every value is
-    exactly 0 before the first update. head_learning_rate: the head's own, since it has everything to learn;
-    learning_rate where None. gradient_checkpointing: as the policy's. The other settings are MasterOptimizer's.
+    model: the policy's, whose weights the trunk begins with; numerics, device, gradient_checkpointing: as the policy's.
+    With a head of zeros every value is exactly 0 before the first update. head_learning_rate: the head's own, since it
+    has everything to learn; learning_rate where None. The other settings are MasterOptimizer's.
     """
 
     def __init__(
         self,
         model: str | Path,
         *,
-        numerics: str = "float32",
+        numerics: Numerics = "auto",
+        device: Device = "cpu",
         learning_rate: float = 1e-5,
         head_learning_rate: float | None = None,
         betas: tuple[float, float] = (0.9, 0.99),
@@ -66,8 +69,9 @@ class Critic:
         num_optimizer_steps: int | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
+        ops = make_ops(numerics, device)
         trunk = load_transformer(
-            resolve_model(model), numerics, with_masters=True, gradient_checkpointing=gradient_checkpointing
+            resolve_model(model), ops, with_masters=True, gradient_checkpointing=gradient_checkpointing
         )
         self.model = ValueModel(trunk)
         self.optimizer = MasterOptimizer(

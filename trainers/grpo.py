@@ -27,7 +27,7 @@ class GRPOTrainer(TrainingLoop):
     def start_trainer(self, pool: RolloutPool) -> Any:
         if self.config.num_trainer_ranks > 1:
             return start_trainer_group(self.config, pool.handle())
-        return start_trainer_actor(RemoteGRPOActor, self.config, pool.handle())
+        return start_trainer_actor(RemoteGRPOActor, self.config, pool.handle(), self.gpu_shares.trainer)
 
     def train_step(self, step: int, crew: Crew, timer: PhaseTimer) -> dict[str, float]:
         policy_version = crew.pool.policy_version

@@ -18,9 +18,11 @@ from rollout import EngineConfig, Rollout, RolloutPool, SamplingParams
 from trainers.advantages import shuffle_rewards
 from trainers.corrections import staleness_metrics
 from trainers.evaluation import Evaluator
+from trainers.gpu_shares import GPUShares
 from trainers.loop_config import LoopConfig
 from trainers.metrics import PhaseTimer, response_metrics, reward_metrics
 from trainers.penalties import overlong_penalty
+from trainers.ranks import require_ranks_on_cpu
 from trainers.reward_calls import RewardFunction, require_columns
 from trainers.rewards import Rewards, RewardScorer
 from trainers.rollout_source import (
@@ -86,6 +88,8 @@ class TrainingLoop:
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.config, self.engine_config = config, engine_config
+        require_ranks_on_cpu(config.num_trainer_ranks, engine_config.device_name)
+        self.gpu_shares = GPUShares.from_config(config, engine_config)
         self.reward_functions = [reward_functions] if callable(reward_functions) else list(reward_functions)
         self.rows = _checked_rows(rows)
         require_columns(self.reward_functions, {name for row in self.rows for name in row if name != "prompt"})
@@ -228,6 +232,7 @@ class TrainingLoop:
                 )
             )
             pool = stack.enter_context(self._pool())
+            self.gpu_shares.require_room(config.num_engines, ray.cluster_resources().get("GPU", 0.0))
             stack.enter_context(_sigterm_as_interrupt())
             trainer = stack.enter_context(_ending(self.start_trainer(pool)))
             yield Crew(pool=pool, trainer=trainer, scorer=scorer, source=self._source(pool))
@@ -239,6 +244,7 @@ class TrainingLoop:
             self.engine_config,
             num_engines=config.num_engines,
             seed=config.seed,
+            engine_gpus=self.gpu_shares.engine,
             max_staleness=config.max_staleness if is_bounded else None,
             groups_per_version=config.num_prompts if is_bounded else None,
             on_stale=config.on_stale,

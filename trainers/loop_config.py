@@ -72,6 +72,11 @@ class LoopConfig:
 
     num_engines: int = 1
     """Engine actors that generate."""
+    engine_gpus: float | None = None
+    """GPUs that Ray reserves for each engine, or a part of one, of whose memory the engine then takes its part. None
+    shares this machine's evenly with the trainer where the engines' device is a GPU, and reserves none elsewhere."""
+    trainer_gpus: float | None = None
+    """Likewise for the trainer."""
     num_threads: int | None = None
     """CPU threads of each trainer rank; None shares out every core."""
     num_trainer_ranks: int = 1
@@ -124,6 +129,12 @@ class LoopConfig:
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
         for name in ("learning_rate", "max_grad_norm", "reward_timeout", "trainer_timeout"):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
+        for name in ("engine_gpus", "trainer_gpus"):
+            gpus = getattr(self, name)
+            require(
+                gpus is None or 0 <= gpus <= 1 or gpus == int(gpus) > 1,
+                f"{name}={gpus} must be a part of a GPU (0 to 1), a whole number of them, or None for an even share",
+            )
         buffer = self.overlong_buffer_tokens
         require(
             0 <= buffer <= self.max_tokens,

@@ -15,15 +15,17 @@ from safetensors import SafetensorError
 import kernels
 from engine.attention import PackedAttention
 from engine.checkpoint import iter_weights, resolve_model, save_pretrained
+from engine.computation import Computation, Device, Numerics
 from engine.config import available_cores
 from engine.model import DecoderLayer, NamedTensors, Transformer
 from engine.model_config import ModelConfig, read_config_dict
+from engine.ops import Ops, make_ops
 from engine.tokenizer import encode, load_tokenizer
 from trainers.batch import PackedBatch, pack_tokens
 from trainers.choices import TrainerParallelism
 from trainers.losses import LossOutput
 from trainers.optimizer import MasterOptimizer
-from trainers.ranks import COLLECTIVE_SECONDS, NamedTensor, make_ranks, start_accelerator
+from trainers.ranks import COLLECTIVE_SECONDS, NamedTensor, make_ranks, require_ranks_on_cpu, start_accelerator
 from trainers.recomputation import RecomputedLayer
 from trainers.schedule import LearningRateSchedule
 
@@ -37,21 +39,23 @@ LossFunction = Callable[[torch.Tensor, PackedBatch], LossOutput]
 class ForwardBackwardOutput:
     """What one forward_backward saw."""
 
-    logprobs: torch.Tensor  # [C] float32, of this very forward
+    logprobs: torch.Tensor  # [C] float32, CPU, of this very forward
     metrics: dict[str, float]  # of the loss function
 
 
 class Policy:
     """A model in training.
 
-    model: a directory, hub id or GGUF file, as EngineConfig takes it. numerics: the profile of the forward pass, which
-    must be the engine's; masters, gradients and optimiser are float32 in each. num_threads: CPU threads for both our
-    kernels and torch's; None takes every core this process may use. gradient_checkpointing: layers compute their
-    forward again in the backward pass. The other settings are MasterOptimizer's.
+    model: a directory, hub id or GGUF file, as EngineConfig takes it. numerics, device: of the forward pass, as
+    EngineConfig takes them, and they must be the engine's; masters, gradients and optimiser are float32 in each and lie
+    on the device, batches and losses on the CPU. num_threads: CPU threads for both our kernels and torch's; None takes
+    every core this process may use. gradient_checkpointing: layers compute their forward again in the backward pass.
+    The other settings are MasterOptimizer's.
 
     Where the environment names several ranks (ranks.py), each is a process with a Policy and all call the same methods
     with micro-batches of their own; parallelism says what they share, collective_seconds how long one waits for the
-    others. Log-probabilities are the same bits as with one rank; gradients differ in their last bits.
+    others. Log-probabilities are the same bits as with one rank; gradients differ in their last bits. Several ranks
+    train on the CPU only.
 
     `save_checkpoint` and `load_checkpoint` carry all that a Policy is from one process to another, to the bit: weights,
     moments, policy_version, and the number of updates, which is the place in the schedule.
@@ -61,7 +65,8 @@ class Policy:
         self,
         model: str,
         *,
-        numerics: str = "float32",
+        numerics: Numerics = "auto",
+        device: Device = "cpu",
         learning_rate: float = 3e-6,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
@@ -77,14 +82,16 @@ class Policy:
         self.num_threads = num_threads or available_cores()
         kernels.set_num_threads(self.num_threads)
         torch.set_num_threads(self.num_threads)
-        self.kernel_fingerprint: str = kernels.fingerprint(numerics)
+        ops = make_ops(numerics, device)
+        self.kernel_fingerprint: str = ops.fingerprint()
         self.directory = resolve_model(model)
         self.tokenizer = load_tokenizer(self.directory)
         self.ranks = make_ranks(start_accelerator(collective_seconds), parallelism)
+        require_ranks_on_cpu(self.ranks.num_ranks, Computation.resolve(numerics, device).device_name)
         self.ranks.require_equal("kernel fingerprints", self.kernel_fingerprint)
         self.ranks.require_equal("num_threads", self.num_threads)  # bits of the gradient's norm depend on them
         self.model = load_transformer(
-            self.directory, numerics, with_masters=True, gradient_checkpointing=gradient_checkpointing
+            self.directory, ops, with_masters=True, gradient_checkpointing=gradient_checkpointing
         )
         self.ranks.prepare(self.model)
         self.optimizer = MasterOptimizer(
@@ -100,7 +107,7 @@ class Policy:
         self.policy_version = 0  # of the weights as others may have them
 
     def token_logprobs(self, batch: PackedBatch) -> torch.Tensor:
-        """Log-probabilities of the batch's targets, [C] float32, differentiable."""
+        """Log-probabilities of the batch's targets, [C] float32 on the CPU, differentiable."""
         logprobs = packed_logprobs(self.model, batch)
         self.ranks.end_forward(self.model)
         return logprobs
@@ -125,7 +132,7 @@ class Policy:
         return {"actor/grad_norm": grad_norm, "actor/lr": learning_rate}
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, float32 tensor) of every weight, ready for RolloutPool.sync_weights."""
+        """(Hugging Face name, float32 tensor on the device) of every weight, ready for RolloutPool.sync_weights."""
         return self.ranks.named_weights(self.model)
 
     def load_weights(self, named_tensors: NamedTensors) -> bytes:
@@ -151,7 +158,7 @@ class Policy:
         self.ranks.lead(chain(weights, moments), lambda tensors: self._write_checkpoint(Path(directory), tensors))
 
     def load_checkpoint(self, directory: str | Path) -> None:
-        """Take weights, moments and policy_version from what `save_checkpoint` wrote.
+        """Take weights, moments and policy_version from what `save_checkpoint` wrote, on whichever device.
 
         Every rank reads them. Raises ValueError where they are another model's, or not readable; the policy is then
         not to be used any more.
@@ -215,28 +222,34 @@ def safetensors_errors() -> Iterator[None]:
 
 
 def load_transformer(
-    directory: Path, numerics: str, with_masters: bool, gradient_checkpointing: bool = False
+    directory: Path, ops: Ops, *, with_masters: bool, gradient_checkpointing: bool = False
 ) -> Transformer:
-    """The model of a directory, with float32 masters to train or with packed weights alone."""
+    """The model of a directory on the device of its ops, with float32 masters to train or with packed weights alone."""
     config = ModelConfig.from_directory(directory)
     layer_type = RecomputedLayer if gradient_checkpointing else DecoderLayer
-    model = Transformer(config, numerics, with_masters=with_masters, layer_type=layer_type)
+    model = Transformer(config, ops=ops, with_masters=with_masters, layer_type=layer_type)
     model.load_weights(iter_weights(directory))
     return model
 
 
 def packed_logprobs(model: Transformer, batch: PackedBatch) -> torch.Tensor:
-    """Log-probabilities of a packed batch's targets, [C] float32; the logits of the batch never exist at once."""
-    hidden_CD, head = packed_hidden(model, batch), model.lm_head
+    """Log-probabilities of a packed batch's targets, [C] float32 on the CPU; the logits never exist all at once.
+
+    The batch lies on the CPU, the model computes on its own device, and gradients flow back the same way.
+    """
+    hidden_CD, head, device = packed_hidden(model, batch), model.lm_head, model.ops.device
+    target_ids, temperature = batch.target_ids.to(device), batch.temperature.to(device)
     return model.ops.token_logprobs(
-        hidden_CD, head.packed, head.num_outputs, batch.target_ids, batch.temperature, head.master
-    )
+        hidden_CD, head.packed, head.num_outputs, target_ids, temperature, head.master
+    ).cpu()
 
 
 def packed_hidden(model: Transformer, batch: PackedBatch) -> torch.Tensor:
-    """Final hidden states [C, D] of the rows before a packed batch's targets."""
-    attention = PackedAttention.from_segments(model.config, batch.segments, model.ops)
-    return model(batch.input_ids, batch.positions, attention).index_select(0, batch.target_rows)
+    """Final hidden states [C, D], on the model's device, of the rows before a packed batch's targets."""
+    ops, device = model.ops, model.ops.device
+    attention = PackedAttention.from_segments(model.config, batch.segments, ops)
+    hidden_TD = model(batch.input_ids.to(device), batch.positions.to(device), attention)
+    return ops.select_rows(hidden_TD, batch.target_rows.to(device))
 
 
 def _chunks(

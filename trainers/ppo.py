@@ -25,7 +25,7 @@ class PPOTrainer(TrainingLoop):
     config: PPOConfig
 
     def start_trainer(self, pool: RolloutPool) -> Any:
-        return start_trainer_actor(RemotePPOActor, self.config, pool.handle())
+        return start_trainer_actor(RemotePPOActor, self.config, pool.handle(), self.gpu_shares.trainer)
 
     def train_step(self, step: int, crew: Crew, timer: PhaseTimer) -> dict[str, float]:
         policy_version = crew.pool.policy_version

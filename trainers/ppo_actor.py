@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from engine.computation import Device, Numerics
 from rollout import PoolHandle, Rollout
 from trainers.batch import PackedBatch
 from trainers.critic import Critic
@@ -47,12 +48,15 @@ class PPOActor(TrainerActor):
 
     config: PPOConfig
 
-    def __init__(self, model: str, numerics: str, config: PPOConfig, pool: PoolHandle) -> None:
+    def __init__(
+        self, model: str, numerics: Numerics, config: PPOConfig, pool: PoolHandle, device: Device = "cpu"
+    ) -> None:
         """See TrainerActor."""
-        super().__init__(model, numerics, config, pool)
+        super().__init__(model, numerics, config, pool, device)
         self.critic = Critic(
             self.policy.directory,
             numerics=numerics,
+            device=device,
             learning_rate=config.critic_learning_rate,
             head_learning_rate=config.critic_head_learning_rate,
             betas=config.betas,

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 
+from engine.computation import DeviceName
 from engine.model import NamedTensors, Transformer
 from trainers.choices import TrainerParallelism, require_choice
 
@@ -120,10 +121,19 @@ def start_accelerator(collective_seconds: float = COLLECTIVE_SECONDS) -> Acceler
     """accelerate's view of this process; where the environment names several ranks, they meet here.
 
     collective_seconds: how long a rank waits for the others in one exchange before it raises. The first accelerator of
-    a process fixes it.
+    a process fixes it. It is told of the CPU only, on which batches and losses lie wherever the model computes.
     """
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=collective_seconds))
     return Accelerator(cpu=True, kwargs_handlers=[timeout])
+
+
+def require_ranks_on_cpu(num_ranks: int, device_name: DeviceName) -> None:
+    """Raises ValueError for several trainer ranks on another device, which NCCL would have to bring together."""
+    if num_ranks > 1 and device_name != "cpu":
+        raise ValueError(
+            f"num_trainer_ranks={num_ranks} train on the CPU only so far, not on device={device_name!r}: "
+            "train with one rank, or set device='cpu' for engines and trainer"
+        )
 
 
 def make_ranks(accelerator: Accelerator, parallelism: TrainerParallelism) -> Ranks:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.model import Transformer
+from engine.ops import Ops
 from trainers.batch import PackedBatch
 from trainers.objective_config import ObjectiveConfig
 from trainers.policy import Policy, load_transformer, packed_logprobs
@@ -26,17 +27,17 @@ class Reference:
         self.model, self.update_every, self.mixup = model, update_every, mixup
 
     @classmethod
-    def from_config(cls, config: ObjectiveConfig, directory: Path, numerics: str) -> Reference:
-        """The reference of a run on the model in `directory`."""
+    def from_config(cls, config: ObjectiveConfig, directory: Path, ops: Ops) -> Reference:
+        """The reference of a run on the model in `directory`. ops: the policy's."""
         update_every, mixup = config.reference_update_every, config.reference_mixup
         # Packed bfloat16 would round a mixture anew each time; masters keep it exact, at 4 bytes a weight.
-        with_masters = update_every > 0 and mixup < 1 and numerics != "float32"
-        model = load_transformer(directory, numerics, with_masters=with_masters)
+        with_masters = update_every > 0 and mixup < 1 and ops.profile.weight_dtype is not torch.float32
+        model = load_transformer(directory, ops, with_masters=with_masters)
         return cls(model, update_every=update_every, mixup=mixup)
 
     @torch.no_grad()
     def logprobs(self, batch: PackedBatch) -> torch.Tensor:
-        """Its log-probabilities of the batch's targets, [C] float32."""
+        """Its log-probabilities of the batch's targets, [C] float32 on the CPU."""
         return packed_logprobs(self.model, batch)
 
     def save(self, directory: Path) -> None:

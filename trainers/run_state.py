@@ -15,10 +15,10 @@ from trainers.loop_config import LoopConfig
 STATE = "state.json"
 # Fields of a LoopConfig that change no bit of what is trained: these may be others after a resume, all else may not.
 FREE_FIELDS = frozenset({
-    "num_engines", "num_threads", "reward_processes", "reward_timeout", "trainer_timeout", "gradient_checkpointing",
-    "eval_every", "answer_template", "num_eval_samples", "right_reward", "check_all_groups", "check_stale_tokens",
-    "output_dir", "journal_dir", "keep_weights_every", "keep_last", "checkpoint_dir", "checkpoint_every",
-    "keep_checkpoints", "resume",
+    "num_engines", "engine_gpus", "trainer_gpus", "num_threads", "reward_processes", "reward_timeout",
+    "trainer_timeout", "gradient_checkpointing", "eval_every", "answer_template", "num_eval_samples", "right_reward",
+    "check_all_groups", "check_stale_tokens", "output_dir", "journal_dir", "keep_weights_every", "keep_last",
+    "checkpoint_dir", "checkpoint_every", "keep_checkpoints", "resume",
 })  # fmt: skip
 
 

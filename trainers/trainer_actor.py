@@ -11,6 +11,7 @@ import ray
 import torch
 
 import kernels
+from engine.computation import Device, Numerics
 from engine.config import available_cores
 from rollout import PoolHandle, Rollout, SyncReport, logs
 from rollout.cluster import actor_env
@@ -33,12 +34,15 @@ class TrainerActor:
     (trainer_group.py).
     """
 
-    def __init__(self, model: str, numerics: str, config: ObjectiveConfig, pool: PoolHandle) -> None:
-        """model, numerics: as the engines have them. pool: what RolloutPool.handle() gave, for sync()."""
+    def __init__(
+        self, model: str, numerics: Numerics, config: ObjectiveConfig, pool: PoolHandle, device: Device = "cpu"
+    ) -> None:
+        """model, numerics, device: as the engines have them. pool: what RolloutPool.handle() gave, for sync()."""
         self.config, self.pool = config, pool
         self.policy = Policy(
             model,
             numerics=numerics,
+            device=device,
             learning_rate=config.learning_rate,
             betas=config.betas,
             weight_decay=config.weight_decay,
@@ -51,11 +55,9 @@ class TrainerActor:
             gradient_checkpointing=config.gradient_checkpointing,
             collective_seconds=config.trainer_timeout,
         )
-        self.ranks = self.policy.ranks
-        self.reference = Reference.from_config(config, self.policy.directory, numerics) if config.kl_coef else None
-        self.history = VersionHistory(
-            self.policy.directory, numerics, config.max_lag if config.check_stale_tokens else 0
-        )
+        self.ranks, directory, ops = self.policy.ranks, self.policy.directory, self.policy.model.ops
+        self.reference = Reference.from_config(config, directory, ops) if config.kl_coef else None
+        self.history = VersionHistory(directory, ops, config.max_lag if config.check_stale_tokens else 0)
         self.num_skipped_steps = 0
 
     def sync(self, mode: SyncMode = "recompute") -> SyncReport | None:
@@ -110,6 +112,8 @@ class TrainerActor:
         """What fixes this side's bits and speed."""
         return {
             "kernel_fingerprint": self.policy.kernel_fingerprint,
+            "profile": self.policy.model.profile.name,
+            "device": str(self.policy.model.ops.device),
             "num_threads": kernels.get_num_threads(),
             "num_torch_threads": torch.get_num_threads(),
             "torch": torch.__version__,
@@ -249,16 +253,21 @@ def _joined(measured: Sequence[Compared]) -> Compared:
 class OwnProcess:
     """Before a trainer actor's class: one in a process of its own, whose log is the service's."""
 
-    def __init__(self, model: str, numerics: str, config: ObjectiveConfig, pool: PoolHandle) -> None:
+    def __init__(
+        self, model: str, numerics: Numerics, config: ObjectiveConfig, pool: PoolHandle, device: Device
+    ) -> None:
         logs.configure(pool=pool.pool_name, actor="trainer")
-        super().__init__(model, numerics, config, pool)
+        super().__init__(model, numerics, config, pool, device)
 
 
-def start_trainer_actor(actor_class: type[OwnProcess], config: ObjectiveConfig, pool: PoolHandle) -> Any:
-    """A Ray actor of that class on the pool's model.
+def start_trainer_actor(
+    actor_class: type[OwnProcess], config: ObjectiveConfig, pool: PoolHandle, num_gpus: float = 0.0
+) -> Any:
+    """A Ray actor of that class on the pool's model. num_gpus: what Ray reserves for it.
 
     It asks Ray for no CPU: trainer and engines take turns on the same cores, each with its own explicit num_threads.
+    Like an engine it is told numerics and device as the pool was, and settles them in its own process.
     """
-    environment = actor_env(config.num_threads or available_cores())
-    remote_class = ray.remote(num_cpus=0, runtime_env=environment)(actor_class)
-    return remote_class.remote(pool.config.model, pool.config.profile_name, config, pool)
+    environment, engine = actor_env(config.num_threads or available_cores()), pool.config
+    remote_class = ray.remote(num_cpus=0, num_gpus=num_gpus, runtime_env=environment)(actor_class)
+    return remote_class.remote(engine.model, engine.numerics, config, pool, engine.device)

@@ -43,7 +43,8 @@ class TrainerGroup:
         self.failure: str | None = None
         self.ranks = [_start_rank(rank, config) for rank in range(config.num_trainer_ranks)]
         meeting_place = ray.get(self.ranks[0].meeting_place.remote())
-        self._on_all("start", meeting_place, pool.config.model, pool.config.profile_name, config, pool)
+        engine = pool.config
+        self._on_all("start", meeting_place, engine.model, engine.numerics, config, pool, engine.device)
 
     def step(
         self, rollouts: Sequence[Rollout], advantages: Sequence[float], checked: Sequence[Rollout] = ()

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from engine.computation import Device, Numerics
 from rollout import PoolHandle, logs
 from trainers.grpo_config import GRPOConfig
 
@@ -34,7 +35,15 @@ class TrainerRank:
             listener.bind(("", 0))
             return ray.util.get_node_ip_address(), listener.getsockname()[1]
 
-    def start(self, meeting_place: Address, model: str, numerics: str, config: GRPOConfig, pool: PoolHandle) -> None:
+    def start(
+        self,
+        meeting_place: Address,
+        model: str,
+        numerics: Numerics,
+        config: GRPOConfig,
+        pool: PoolHandle,
+        device: Device,
+    ) -> None:
         """Meets the other ranks and loads the model; see GRPOActor."""
         assert "accelerate" not in sys.modules, "accelerate was imported before this rank's environment was complete"
         host, port = meeting_place
@@ -45,7 +54,7 @@ class TrainerRank:
         logs.configure(pool=pool.pool_name, actor=f"trainer-{self.rank}")
         from trainers.grpo_actor import GRPOActor
 
-        self.trainer = GRPOActor(model, numerics, config, pool)
+        self.trainer = GRPOActor(model, numerics, config, pool, device)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """A method of this rank's GRPOActor."""

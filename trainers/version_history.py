@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.model import NamedTensors
+from engine.ops import Ops
 from rollout import Rollout
 from trainers.batch import pack_micro_batches
 from trainers.policy import load_transformer, packed_logprobs
@@ -23,9 +24,9 @@ Compared = tuple[torch.Tensor, torch.Tensor]
 class VersionHistory:
     """A copy of the model in its packed form for each version, in places that are used again."""
 
-    def __init__(self, directory: Path, numerics: str, num_versions: int) -> None:
-        """directory, numerics: of the model. num_versions: how many are kept at once."""
-        self._models = [load_transformer(directory, numerics, with_masters=False) for _ in range(num_versions)]
+    def __init__(self, directory: Path, ops: Ops, num_versions: int) -> None:
+        """directory, ops: of the policy's model. num_versions: how many are kept at once."""
+        self._models = [load_transformer(directory, ops, with_masters=False) for _ in range(num_versions)]
         self._versions: list[int | None] = [None] * num_versions
 
     def keep(self, policy_version: int, named_weights: NamedTensors) -> None:

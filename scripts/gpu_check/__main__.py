@@ -1,6 +1,7 @@
-"""`python -m scripts.gpu_check`: tests, invariance and benchmarks on this CUDA device, in under nine minutes.
+"""`python -m scripts.gpu_check`: tests, invariance, training and benchmarks on this CUDA device, in under nine minutes.
 
-Needs torch, triton, numpy and a C compiler; without pytest, its tests are left out and that is said.
+Needs torch, triton, numpy and a C compiler; without pytest the tests are left out, without Ray or accelerate the
+training, and that is said.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def main() -> int:
     return int(report.has_failed)
 
 
-SECTIONS = ("tests", "fingerprint", "invariance", "matmul", "attention", "decode", "device-steps")
+SECTIONS = ("tests", "fingerprint", "invariance", "trainer", "matmul", "attention", "decode", "device-steps")
 
 
 def run_sections(report: Report, chosen: set[str]) -> None:
@@ -57,6 +58,8 @@ def run_sections(report: Report, chosen: set[str]) -> None:
             report.run("fingerprint", 90, fingerprint_rows)
         if "invariance" in chosen:
             report.run("invariance", 170, invariance.invariance_rows)
+        if "trainer" in chosen:
+            run_trainer(report)
         if tests is not None:
             report.run("tests", 100, partial(tests.wait, seconds=min(90.0, report.seconds_left)))
     finally:
@@ -80,6 +83,18 @@ def run_sections(report: Report, chosen: set[str]) -> None:
             engine_bench.collect_memory()
 
 
+def run_trainer(report: Report) -> None:
+    """Rounds of training, where what trainers are made of is installed."""
+    missing = [name for name in ("ray", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        report.say(f"{' and '.join(missing)} not installed: the trainer section is left out")
+        report.facts["skipped_trainer"] = f"the trainer section: {' and '.join(missing)} not installed"
+        return
+    from scripts.gpu_check.trainer_check import trainer_rows
+
+    report.run("trainer", 60, trainer_rows)
+
+
 def start_tests(report: Report):
     """The tests, running beside what follows; None where they cannot."""
     from scripts.gpu_check.gpu_tests import GPUTests
@@ -100,8 +115,9 @@ def fingerprint_rows(rows: list[Row]) -> None:
     """The self-test of both profiles, which also says what this device is called."""
     from engine.ops import make_ops
 
-    for name in ("gpu-bfloat16", "gpu-float32"):
-        rows.append({"profile": name, "fingerprint": make_ops(name, "cuda").fingerprint(), "passed": True})
+    for numerics in ("bfloat16", "float32"):
+        ops = make_ops(numerics, "cuda")
+        rows.append({"profile": ops.profile.name, "fingerprint": ops.fingerprint(), "passed": True})
 
 
 def why_not() -> str | None:

@@ -53,5 +53,7 @@ def test_a_mistake_is_an_error_and_an_exit_code(
 ) -> None:
     assert main([str(tiny_model_dir()), "--block-size", "5"]) == 2
     assert "block_size=5 must be a multiple of 16" in capsys.readouterr().err
+    assert main([str(tiny_model_dir()), "--gpu-memory-utilization", "2"]) == 2
+    assert "gpu_memory_utilization=2.0 must be above 0 and at most 1" in capsys.readouterr().err
     assert main(["/nowhere/at/all"]) == 2
     assert "error:" in capsys.readouterr().err

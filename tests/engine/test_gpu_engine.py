@@ -11,7 +11,7 @@ import torch
 from engine import EngineConfig, LLMEngine, SamplingParams
 from engine.attention import PackedAttention, Segment
 from engine.captured_steps import MAX_GRAPH_ROWS, padded_num_rows
-from engine.memory import device_bytes_left, weight_bytes
+from engine.memory import device_bytes_left, usable_device_bytes, weight_bytes
 from engine.model_config import ModelConfig
 from engine.outputs import Completion
 from scripts.gpu_check import invariance
@@ -141,8 +141,14 @@ def test_every_number_of_rows_has_a_graph_that_is_not_much_larger():
 def test_weights_are_counted_before_they_are_there():
     config = ModelConfig.from_dict(MODELS["qwen3-1.7b"])
     assert 3.4e9 < weight_bytes(config, torch.bfloat16) < 3.5e9
-    assert 60e9 < device_bytes_left(80 * 10**9, 8192, config, torch.bfloat16) < 68e9
+    assert 60e9 < device_bytes_left(72 * 10**9, 8192, config, torch.bfloat16) < 68e9
     assert device_bytes_left(4 * 10**9, 8192, config, torch.bfloat16) < 0
+
+
+def test_an_engine_takes_its_share_of_a_gpu_and_leaves_what_others_have():
+    assert usable_device_bytes(free=80 * 10**9, total=80 * 10**9, utilization=0.9) == 72 * 10**9
+    assert usable_device_bytes(free=80 * 10**9, total=80 * 10**9, utilization=0.45) == 36 * 10**9
+    assert usable_device_bytes(free=20 * 10**9, total=80 * 10**9, utilization=0.45) == 18 * 10**9
 
 
 @pytest.mark.parametrize(
@@ -151,6 +157,7 @@ def test_weights_are_counted_before_they_are_there():
         ({"device": "interpreter", "numerics": "bfloat16-dot"}, "^numerics='bfloat16-dot' is a profile of the CPU"),
         ({"device": "interpreter", "kv_cache_dtype": "float32"}, "^kv_cache_dtype='float32'"),
         ({"device": "tpu"}, "^device='tpu'"),
+        ({"gpu_memory_utilization": 1.5}, "^gpu_memory_utilization=1.5 must be above 0 and at most 1"),
         ({"enforce_eager": 1}, "^enforce_eager=1"),
     ],
 )

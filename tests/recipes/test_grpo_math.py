@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from recipe_runs import ROOT, read_lines, start_run
 
@@ -20,6 +21,7 @@ from recipes.run import load, make_config, make_engine_config, with_right_comple
 from rollout.journal import read_journal
 from rollout.replay import replay
 from trainers import GRPOConfig
+from trainers.gpu_shares import GPUShares
 
 
 def test_the_first_line_says_what_happens_before_anything_heavy_is_imported(tmp_path: Path):
@@ -51,6 +53,12 @@ def test_the_first_line_says_what_happens_before_anything_heavy_is_imported(tmp_
         (["--reward", "task_score"], "needs a task of reasoning_gym"),
         (["--num-held-out", "1000"], "num_held_out=1000"),
         (["--config", "absent.yaml"], "--config absent.yaml"),
+        (["--engine-gpus", "1.5"], "engine_gpus=1.5 must be a part of a GPU"),
+        pytest.param(
+            ["--device", "cuda"],
+            "device='cuda' is not available",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU"),
+        ),
     ],
 )
 def test_a_mistake_is_named_in_one_line(
@@ -117,6 +125,14 @@ def test_options_reach_trainer_and_engine(tmp_path: Path):
     assert grpo_config.max_tokens == 5
     assert grpo_config.output_dir == str(tmp_path)
     assert make_config(GRPOConfig, parse_options(["--no-save-weights"]), tmp_path).output_dir is None
+
+
+def test_one_gpu_holds_the_engine_and_the_trainer_of_its_config(tmp_path: Path):
+    options = parse_options(["--config", str(ROOT / "recipes/configs/one_gpu.yaml"), "--device", "cpu"])
+    config, engine_config = make_config(GRPOConfig, options, tmp_path), make_engine_config(options)
+    shares = GPUShares.from_config(config, engine_config)
+    assert 0 < shares.engine < shares.trainer
+    shares.require_room(config.num_engines, 1.0)
 
 
 def test_chat_asks_in_messages():

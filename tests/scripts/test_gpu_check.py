@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine import SamplingParams
 from scripts.gpu_check.card import Card, card_of
 from scripts.gpu_check.gpu_tests import split
-from scripts.gpu_check.random_models import MODELS, random_weights
+from scripts.gpu_check.random_models import MODELS, TINY, random_weights
 from scripts.gpu_check.report import Report, table, time_limit
+from scripts.gpu_check.trainer_check import trainer_rounds
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,6 +86,14 @@ def test_cards_are_known_by_name_and_others_by_what_they_did():
     card = Card(name="c", bandwidth=1e12, flops=1e14)
     assert card.floor_seconds(2e12) == 2.0
     assert card.floor_seconds(1e12, 5e14) == 5.0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU: there is no interpreter")
+def test_a_round_of_training_passes_by_the_interpreter():
+    model, params = {**TINY, "num_hidden_layers": 1}, SamplingParams(n=2, max_tokens=2, ignore_eos=True)
+    (row,) = trainer_rounds(model, "float32", "interpreter", (5,), params, 1)
+    assert row["passed"], row
+    assert (row["tokens"], row["mismatch"]) == (4, 0.0)
 
 
 def test_tests_are_dealt_out_whole():
