@@ -58,7 +58,7 @@ class Critic:
         model: str | Path,
         *,
         numerics: Numerics = "auto",
-        device: Device = "cpu",
+        device: Device = "auto",
         learning_rate: float = 1e-5,
         head_learning_rate: float | None = None,
         betas: tuple[float, float] = (0.9, 0.99),

@@ -66,7 +66,7 @@ class Policy:
         model: str,
         *,
         numerics: Numerics = "auto",
-        device: Device = "cpu",
+        device: Device = "auto",
         learning_rate: float = 3e-6,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,

@@ -35,7 +35,7 @@ class TrainerActor:
     """
 
     def __init__(
-        self, model: str, numerics: Numerics, config: ObjectiveConfig, pool: PoolHandle, device: Device = "cpu"
+        self, model: str, numerics: Numerics, config: ObjectiveConfig, pool: PoolHandle, device: Device = "auto"
     ) -> None:
         """model, numerics, device: as the engines have them. pool: what RolloutPool.handle() gave, for sync()."""
         self.config, self.pool = config, pool
