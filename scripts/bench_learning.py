@@ -33,10 +33,12 @@ class Run:
     name: str
     recipe: str
     arguments: tuple[str, ...]
+    num_steps: int = 20
 
-    def command(self, directory: Path, shared: Sequence[str]) -> list[str]:
+    def command(self, directory: Path) -> list[str]:
         kept = ["--output-dir", str(directory), "--resume", "auto", "--checkpoint-every", "10", "--no-save-weights"]
-        return [sys.executable, "-m", f"recipes.{self.recipe}", *self.arguments, *kept, *shared]
+        steps = ["--num-steps", str(self.num_steps), "--eval-every", "5"]
+        return [sys.executable, "-m", f"recipes.{self.recipe}", *self.arguments, *steps, *kept]
 
 
 def _grpo(name: str, *arguments: str) -> Run:
@@ -52,7 +54,7 @@ RUNS = {
         _grpo("grpo-shuffled", "--algorithm", "grpo", "--shuffle-rewards"),
         _grpo("grpo-lagged", "--algorithm", "grpo", "--mode", "lagged"),
         _grpo("grpo-async", "--algorithm", "grpo", "--mode", "async"),
-        Run(name="ppo", recipe="ppo_math", arguments=()),
+        Run(name="ppo", recipe="ppo_math", arguments=(), num_steps=30),
     )
 }
 
@@ -65,8 +67,6 @@ class Options:
     """Names of runs; all of them where none is given."""
     directory: Path = Path("outputs/learning")
     """Each run has a directory of its own in it."""
-    shared: tuple[str, ...] = ()
-    """Further arguments of the recipe for every run, such as "--num-steps" "30"."""
     output: Path | None = None
     """Where to write all figures, as JSON."""
     picture: Path | None = None
@@ -98,7 +98,7 @@ def main(options: Options) -> None:
     outcomes = []
     for name in options.runs:
         console.print(f"{name}: {options.directory / name}", style="dim")
-        outcomes.append(make(RUNS[name], options.directory / name, options.shared))
+        outcomes.append(make(RUNS[name], options.directory / name))
     console.print(table(outcomes))
     if options.picture:
         draw(outcomes, options.picture)
@@ -106,12 +106,12 @@ def main(options: Options) -> None:
         write_json(options.output, "learning", options, {"runs": [asdict(one) for one in outcomes]})
 
 
-def make(run: Run, directory: Path, shared: Sequence[str]) -> Outcome:
+def make(run: Run, directory: Path) -> Outcome:
     """Runs what is left of a run. CalledProcessError where it fails; the next call goes on with it."""
     directory = directory.absolute()
     marker = directory / "done"
     if not marker.exists():
-        subprocess.run(run.command(directory, shared), cwd=ROOT, check=True)
+        subprocess.run(run.command(directory), cwd=ROOT, check=True)
         marker.touch()
     lines = (directory / METRICS).read_text().splitlines()
     return outcome(run.name, [json.loads(line) for line in lines])

@@ -38,15 +38,15 @@ def test_a_run_that_has_ended_is_not_made_again_and_one_that_failed_is(tmp_path:
     )
 
     class Stub(Run):
-        def command(self, directory, shared):
-            calls.append(shared)
+        def command(self, directory):
+            calls.append(directory)
             return [sys.executable, "-c", program, str(directory)]
 
     calls: list = []
     run = Stub(name="grpo", recipe="grpo_math", arguments=())
     with pytest.raises(bench_learning.subprocess.CalledProcessError):
-        make(run, directory, ())
-    assert make(run, directory, ()) == make(run, directory, ()) == outcome("grpo", HISTORY)
+        make(run, directory)
+    assert make(run, directory) == make(run, directory) == outcome("grpo", HISTORY)
     assert len(calls) == 2
 
 
