@@ -95,7 +95,7 @@ def test_math_verify_works_outside_the_main_thread():
 def test_an_answer_that_takes_math_verify_too_long_is_masked_and_its_siblings_judged():
     rows = [{"prompt": "q", "answer": "$" + "8^" * 8 + "8$"}]
     group = [SimpleNamespace(text=text, token_ids=[]) for text in ("no idea", "$" + "9^" * 8 + "9$", "")]
-    with RewardScorer([math_verify], timeout=4.0) as scorer:
+    with RewardScorer([math_verify], timeout=8.0) as scorer:
         assert scorer.score([{"prompt": "q", "answer": "2"}], [[group[0]]]).total.tolist() == [[0.0]]
         rewards = scorer.score(rows, [group])
     assert rewards.total.isnan().tolist() == [[False, True, False]]
