@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from trainers.batch import PackedBatch
 from trainers.losses import LossOutput, value_loss
 from trainers.optimizer import MasterOptimizer
 from trainers.policy import load_transformer, packed_hidden, safetensors_errors
+from trainers.ranks import ONLY_RANK, NamedTensor, Ranks
 from trainers.schedule import LearningRateSchedule
 
 HEAD_WEIGHT, HEAD_BIAS = "score.weight", "score.bias"
@@ -50,7 +52,8 @@ class Critic:
 
     model: the policy's, whose weights the trunk begins with; numerics, device, gradient_checkpointing: as the policy's.
     With a head of zeros every value is exactly 0 before the first update. head_learning_rate: the head's own, since it
-    has everything to learn; learning_rate where None. The other settings are MasterOptimizer's.
+    has everything to learn; learning_rate where None. ranks: the policy's. All of them call the same methods, with
+    micro-batches of their own; values are the same bits on any number. The other settings are MasterOptimizer's.
     """
 
     def __init__(
@@ -68,12 +71,15 @@ class Critic:
         learning_rate_schedule: LearningRateSchedule = "constant",
         num_optimizer_steps: int | None = None,
         gradient_checkpointing: bool = False,
+        ranks: Ranks = ONLY_RANK,
     ) -> None:
+        self.ranks = ranks
         ops = make_ops(numerics, device)
         trunk = load_transformer(
             resolve_model(model), ops, with_masters=True, gradient_checkpointing=gradient_checkpointing
         )
         self.model = ValueModel(trunk)
+        ranks.prepare(self.model, [*trunk.layers, trunk])
         self.optimizer = MasterOptimizer(
             [
                 (self.model.trunk.parameters(), learning_rate),
@@ -85,12 +91,15 @@ class Critic:
             warmup_steps=warmup_steps,
             learning_rate_schedule=learning_rate_schedule,
             num_optimizer_steps=num_optimizer_steps,
+            ranks=ranks,
         )
 
     @torch.no_grad()
     def values(self, batch: PackedBatch) -> torch.Tensor:
         """Values [C] float32 of the states before the batch's targets, the same bits however they are packed."""
-        return self.model(batch)
+        values = self.model(batch)
+        self.ranks.end_forward(self.model)
+        return values
 
     def forward_backward(
         self,
@@ -103,53 +112,71 @@ class Critic:
     ) -> LossOutput:
         """One forward and backward of `value_loss`; gradients add up until optim_step.
 
-        old_values, returns: [C] float32. num_tokens: of all batches whose gradients are to add up.
+        old_values, returns: [C] float32. num_tokens: of all batches, of all ranks, whose gradients are to add up.
         """
-        loss = value_loss(self.model(batch), old_values, returns, batch.loss_mask, num_tokens=num_tokens, clip=clip)
+        values = self.model(batch)
+        self.ranks.end_forward(self.model)
+        loss = value_loss(values, old_values, returns, batch.loss_mask, num_tokens=num_tokens, clip=clip)
         self.optimizer.backward(loss.loss)
         return loss
 
     def optim_step(self) -> dict[str, float]:
         """Clip the gradient, move the masters, repack them for the kernels."""
+        self.ranks.reduce_gradients(self.model)
         grad_norm, learning_rate = self.optimizer.step()
-        self.model.repack()
+        self.ranks.repack(self.model)
         return {"critic/grad_norm": grad_norm, "critic/lr": learning_rate}
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, float32 tensor) of every weight: Hugging Face's names of the trunk, score.weight and score.bias.
 
-        They are those of a token classification model with one label.
+        They are those of a token classification model with one label. All ranks must read on to the end together.
         """
-        yield from self.model.trunk.named_weights()
-        yield HEAD_WEIGHT, self.model.head.read_rows(0, 1).detach()
-        yield HEAD_BIAS, self.model.head.bias.detach()
+        yield from self.ranks.named_weights(self.model.trunk)
+        yield from self._whole_head().items()
 
     def load_weights(self, named_tensors: NamedTensors) -> None:
         """Replaces every weight by those that `named_weights` gave; ValueError where they are not this model's."""
         tensors = dict(named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors)
-        shapes = {HEAD_WEIGHT: tuple(self.model.head.master.shape), HEAD_BIAS: (1,)}
-        head = {name: tensors.pop(name, None) for name in shapes}
+        masters = self._head_masters()
+        head = {name: tensors.pop(name, None) for name in masters}
         for name, tensor in head.items():
-            if tensor is None or tuple(tensor.shape) != shapes[name]:
+            shape = tuple(masters[name].shape)
+            if tensor is None or tuple(tensor.shape) != shape:
                 found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
-                raise ValueError(f"weight {name!r} of the critic is {found}; needed: floats of shape {shapes[name]}")
-        self.model.trunk.load_weights(tensors)
-        self.model.head.write_rows(head[HEAD_WEIGHT].detach().float(), 0)
-        self.model.head.bias.data.copy_(head[HEAD_BIAS])
+                raise ValueError(f"weight {name!r} of the critic is {found}; needed: floats of shape {shape}")
+        self.ranks.load_weights(self.model.trunk, tensors)
+        with torch.no_grad():
+            self.ranks.end_forward(self.model)
+            for name, master in self._head_masters().items():
+                whole = head[name].detach().to(master.device, torch.float32)
+                master.copy_(self.ranks.part(whole, master))
+        self.ranks.repack(self.model)
 
     def checkpoint_num_bytes(self) -> int:
         """What `save_checkpoint` writes."""
         return 3 * sum(parameter.nbytes for parameter in self.model.parameters())  # the weights and two moments
 
     def save_checkpoint(self, directory: Path) -> None:
-        """Writes weights and optimiser; OSError where the disk does not take them."""
-        weights = {name: tensor.contiguous() for name, tensor in self.named_weights()}
-        parameters = dict(self.model.named_parameters())
-        with safetensors_errors():
-            save_file(weights, directory / WEIGHTS_FILE)
-            self.optimizer.save(directory / OPTIMIZER_FILE, parameters, self.optimizer.tensors(parameters))
+        """Writes weights and optimiser, which rank 0 does; OSError there where the disk does not take them."""
+        moments = self.optimizer.tensors(dict(self.model.named_parameters()))
+        self.ranks.lead(chain(self.named_weights(), moments), lambda tensors: self._write(directory, tensors))
 
     def load_checkpoint(self, directory: Path) -> None:
         """Goes on, to the bit, from what `save_checkpoint` wrote; ValueError where it is another model's."""
         self.load_weights(load_file(directory / WEIGHTS_FILE))
         self.optimizer.load(directory / OPTIMIZER_FILE, dict(self.model.named_parameters()))
+
+    def _write(self, directory: Path, tensors: Iterator[NamedTensor]) -> None:
+        """tensors: all weights, then the optimiser's."""
+        num_weights = len(self.model.trunk.weight_shapes()) + len(self._head_masters())
+        weights = {name: tensor.contiguous() for name, tensor in islice(tensors, num_weights)}
+        with safetensors_errors():
+            save_file(weights, directory / WEIGHTS_FILE)
+            self.optimizer.save(directory / OPTIMIZER_FILE, dict(self.model.named_parameters()), tensors)
+
+    def _head_masters(self) -> dict[str, nn.Parameter]:
+        return {HEAD_WEIGHT: self.model.head.master, HEAD_BIAS: self.model.head.bias}
+
+    def _whole_head(self) -> dict[str, torch.Tensor]:
+        return {name: self.ranks.full(master).detach() for name, master in self._head_masters().items()}

@@ -16,6 +16,7 @@ from trainers.gae import explained_variance, packed_gae
 from trainers.losses import kl_estimate
 from trainers.penalties import token_rewards
 from trainers.ppo_config import PPOConfig
+from trainers.ranks import ONLY_RANK, Ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +47,11 @@ def make_experience(
     return Experience(batch=dataclasses.replace(scored, advantages=advantages), values=values, returns=returns, kl=kl)
 
 
-def experience_metrics(experiences: Sequence[Experience]) -> dict[str, float]:
-    """Figures over all tokens of a batch; the advantages are those before they are whitened."""
-    advantages = torch.cat([one.batch.advantages for one in experiences])
-    values = torch.cat([one.values for one in experiences])
-    returns = torch.cat([one.returns for one in experiences])
+def experience_metrics(experiences: Sequence[Experience], ranks: Ranks = ONLY_RANK) -> dict[str, float]:
+    """Figures over all tokens of a batch, of all ranks; the advantages are those before they are whitened."""
+    advantages = ranks.joined(torch.cat([one.batch.advantages for one in experiences]))
+    values = ranks.joined(torch.cat([one.values for one in experiences]))
+    returns = ranks.joined(torch.cat([one.returns for one in experiences]))
     metrics = {
         "advantages/mean": advantages.mean().item(),
         "advantages/std": advantages.std(correction=0).item(),
@@ -60,5 +61,5 @@ def experience_metrics(experiences: Sequence[Experience]) -> dict[str, float]:
     }
     kls = [one.kl for one in experiences if one.kl is not None]
     if kls:
-        metrics["actor/reward_kl_penalty"] = torch.cat(kls).mean().item()
+        metrics["actor/reward_kl_penalty"] = ranks.joined(torch.cat(kls)).mean().item()
     return metrics

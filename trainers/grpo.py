@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from rollout import Rollout, RolloutPool
+from rollout import Rollout
 from trainers.advantages import group_advantages, has_spread
 from trainers.grpo_actor import RemoteGRPOActor
 from trainers.grpo_config import GRPOConfig
@@ -15,19 +14,13 @@ from trainers.loop import Batch, Crew, TrainingLoop, ask
 from trainers.metrics import PhaseTimer
 from trainers.rewards import Rewards
 from trainers.rollout_source import Drawn
-from trainers.trainer_actor import start_trainer_actor
-from trainers.trainer_group import start_trainer_group
 
 
 class GRPOTrainer(TrainingLoop):
     """Group relative policy optimisation (arXiv 2402.03300) on exact rollouts; see TrainingLoop for its arguments."""
 
     config: GRPOConfig
-
-    def start_trainer(self, pool: RolloutPool) -> Any:
-        if self.config.num_trainer_ranks > 1:
-            return start_trainer_group(self.config, pool.handle())
-        return start_trainer_actor(RemoteGRPOActor, self.config, pool.handle(), self.gpu_shares.trainer)
+    actor_class = RemoteGRPOActor
 
     def train_step(self, step: int, crew: Crew, timer: PhaseTimer) -> dict[str, float]:
         policy_version = crew.pool.policy_version

@@ -35,6 +35,8 @@ from trainers.rollout_source import (
     SynchronousSource,
 )
 from trainers.run_checkpoints import RunCheckpoints
+from trainers.trainer_actor import start_trainer_actor
+from trainers.trainer_group import start_trainer_group
 
 Callback = Callable[[dict[str, float]], None]
 
@@ -136,8 +138,10 @@ class TrainingLoop:
         raise NotImplementedError
 
     def start_trainer(self, pool: RolloutPool) -> Any:
-        """The Ray actor that holds the policy."""
-        raise NotImplementedError
+        """The Ray actor that holds the policy, or leads those that do."""
+        if self.config.num_trainer_ranks > 1:
+            return start_trainer_group(self.config, pool.handle())
+        return start_trainer_actor(self.actor_class, self.config, pool.handle(), self.gpu_shares.trainer)
 
     def draw(self, crew: Crew, num_groups: int, timer: PhaseTimer) -> tuple[list[Drawn], Rewards]:
         """Groups from the source, with their rewards."""

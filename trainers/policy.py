@@ -93,7 +93,7 @@ class Policy:
         self.model = load_transformer(
             self.directory, ops, with_masters=True, gradient_checkpointing=gradient_checkpointing
         )
-        self.ranks.prepare(self.model)
+        self.ranks.prepare(self.model, self.model.layers)
         self.optimizer = MasterOptimizer(
             [(self.model.parameters(), learning_rate)],
             betas=betas,

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from rollout import Rollout, RolloutPool
+from rollout import Rollout
 from trainers.loop import Batch, Crew, TrainingLoop, ask
 from trainers.metrics import PhaseTimer
 from trainers.ppo_actor import RemotePPOActor
 from trainers.ppo_config import PPOConfig
-from trainers.trainer_actor import start_trainer_actor
 
 
 class PPOTrainer(TrainingLoop):
@@ -23,9 +21,7 @@ class PPOTrainer(TrainingLoop):
     """
 
     config: PPOConfig
-
-    def start_trainer(self, pool: RolloutPool) -> Any:
-        return start_trainer_actor(RemotePPOActor, self.config, pool.handle(), self.gpu_shares.trainer)
+    actor_class = RemotePPOActor
 
     def train_step(self, step: int, crew: Crew, timer: PhaseTimer) -> dict[str, float]:
         policy_version = crew.pool.policy_version

@@ -20,6 +20,7 @@ from trainers.minibatches import split_groups, visiting_order
 from trainers.objective import Targets
 from trainers.packed import sample_means
 from trainers.ppo_config import PPOConfig
+from trainers.shares import split_by_rows
 from trainers.trainer_actor import (
     OwnProcess,
     TrainerActor,
@@ -34,7 +35,8 @@ from trainers.version_history import Compared
 class Minibatch:
     """What one update of policy and critic learns from, as micro-batches."""
 
-    samples: list[int]  # places in the step's rollouts
+    samples: list[int]  # places in the step's rollouts, of all ranks
+    own_samples: list[int]  # those of this rank, which the experiences' sample_index counts
     experiences: list[Experience]
     targets: list[Targets]  # of the policy's loss on each
 
@@ -44,7 +46,7 @@ class Minibatch:
 
 
 class PPOActor(TrainerActor):
-    """A TrainerActor with a critic (arXiv 1707.06347)."""
+    """A TrainerActor with a critic (arXiv 1707.06347); as one of several ranks it trains both on its share."""
 
     config: PPOConfig
 
@@ -66,6 +68,7 @@ class PPOActor(TrainerActor):
             learning_rate_schedule=config.learning_rate_schedule,
             num_optimizer_steps=config.num_optimizer_steps,
             gradient_checkpointing=config.gradient_checkpointing,
+            ranks=self.ranks,
         )
         self.num_steps = 0  # that the critic has learned from
 
@@ -100,7 +103,7 @@ class PPOActor(TrainerActor):
             "actor/num_tokens": sum(self._count_tokens(minibatch.batches) for minibatch in minibatches),
             "actor/num_rows": sum(self._count_rows(visit.batches) for visit in visits),
             "policy_version": self.policy.policy_version,
-        }, _mean_advantages(minibatches, len(rollouts))
+        }, self._mean_advantages(minibatches, len(rollouts))
 
     def checkpoint_num_bytes(self) -> int:
         return super().checkpoint_num_bytes() + self.critic.checkpoint_num_bytes()
@@ -137,11 +140,14 @@ class PPOActor(TrainerActor):
         ready, held = iter(experiences), iter(targets)
         minibatches = [
             Minibatch(
-                samples=part, experiences=list(islice(ready, len(packed))), targets=list(islice(held, len(packed)))
+                samples=part,
+                own_samples=self._own(rollouts, part),
+                experiences=list(islice(ready, len(packed))),
+                targets=list(islice(held, len(packed))),
             )
             for part, packed in zip(parts, scored, strict=True)
         ]
-        return minibatches, metrics | experience_metrics(experiences)
+        return minibatches, metrics | experience_metrics(experiences, self.ranks)
 
     def _train_policy(self, visits: Sequence[Minibatch]) -> tuple[list[Compared], dict[str, float]]:
         """An update for each visit; what the first one compared, and the means of their metrics."""
@@ -152,7 +158,8 @@ class PPOActor(TrainerActor):
             logprobs, metrics = self._update(visit.batches, visit.targets, len(visit.samples), is_last)
             if not updates:
                 compared = list(map(partial(of_version, version), logprobs, visit.batches))
-                first_ratio = {"actor/first_ratio_abs_diff_max": _ratio_abs_diff_max(logprobs, visit.targets)}
+                of_ranks = self.ranks.gather(_ratio_abs_diff_max(logprobs, visit.targets))
+                first_ratio = {"actor/first_ratio_abs_diff_max": max(of_ranks)}
             updates.append(metrics)
         return compared, _means(updates) | first_ratio
 
@@ -167,7 +174,7 @@ class PPOActor(TrainerActor):
                     one.batch, one.values, one.returns, num_tokens=num_tokens, clip=self.config.value_clip
                 )
                 add_metrics(metrics, loss.metrics)
-            updates.append(metrics | self.critic.optim_step())
+            updates.append(self.ranks.add_up(metrics) | self.critic.optim_step())
         return _means(updates)
 
     def _compare_rest(self, rollouts: Sequence[Rollout], samples: Sequence[int]) -> list[Compared]:
@@ -176,6 +183,19 @@ class PPOActor(TrainerActor):
             return []
         return self._compare_fresh([one for i, one in enumerate(rollouts) if i not in set(samples)])
 
+    def _own(self, rollouts: Sequence[Rollout], samples: Sequence[int]) -> list[int]:
+        """Those of the samples (places in rollouts) that are this rank's, in order."""
+        parts = split_by_rows([rollouts[i] for i in samples], self.ranks.num_ranks)
+        return [samples[i] for i in parts[self.ranks.rank]]
+
+    def _mean_advantages(self, minibatches: Sequence[Minibatch], num_samples: int) -> list[float]:
+        """Of each sample the mean over its tokens, before whitening; 0 where it was not trained on."""
+        means = [0.0] * num_samples
+        for of_rank in self.ranks.gather(_own_mean_advantages(minibatches)):
+            for place, mean in of_rank.items():
+                means[place] = mean
+        return means
+
     def _shuffling_seed(self) -> int:
         return self.config.seed * 1_000_003 + self.num_steps
 
@@ -183,7 +203,7 @@ class PPOActor(TrainerActor):
 def _ratio_abs_diff_max(logprobs: Sequence[torch.Tensor], targets: Sequence[Targets]) -> float:
     """How far the ratio of any token is from 1; exactly 0.0 before the first update."""
     differences = [(new - target.old_logprobs).exp() - 1.0 for new, target in zip(logprobs, targets, strict=True)]
-    return torch.cat(differences).abs().max().item()
+    return torch.cat([torch.zeros(1), *differences]).abs().max().item()
 
 
 def _means(updates: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -191,14 +211,14 @@ def _means(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: sum(metrics[name] for metrics in updates) / len(updates) for name in names}
 
 
-def _mean_advantages(minibatches: Sequence[Minibatch], num_samples: int) -> list[float]:
-    """Of each sample the mean over its tokens, before whitening; 0 where it was not trained on."""
-    means = [0.0] * num_samples
+def _own_mean_advantages(minibatches: Sequence[Minibatch]) -> dict[int, float]:
+    """Of this rank's samples, by their place in the step's rollouts."""
+    means: dict[int, float] = {}
     for minibatch in minibatches:
         for batch in minibatch.batches:
             of_tokens = sample_means(batch.advantages, batch.loss_mask, batch.sample_index)
-            for place, mean in zip(batch.sample_index.tolist(), of_tokens.tolist(), strict=True):
-                means[minibatch.samples[place]] = mean
+            for index, mean in zip(batch.sample_index.tolist(), of_tokens.tolist(), strict=True):
+                means[minibatch.own_samples[index]] = mean
     return means
 
 

@@ -51,11 +51,6 @@ class PPOConfig(ObjectiveConfig):
 
     def __post_init__(self) -> None:
         ObjectiveConfig.__post_init__(self)  # slots rule out super() without arguments
-        require(
-            self.num_trainer_ranks == 1,
-            f"num_trainer_ranks={self.num_trainer_ranks} must be 1: PPO's critic trains in one process so far. Leave "
-            "it at 1 and set gradient_checkpointing=True where memory is short, or train with GRPO",
-        )
         for name in ("num_epochs", "num_minibatches"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("gamma", "gae_lambda"):

@@ -9,7 +9,7 @@ many there are.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
+from torch import nn
 
 from engine.computation import DeviceName
 from engine.model import NamedTensors, Transformer
@@ -36,16 +37,19 @@ class Ranks:
     def __init__(self, rank: int = 0, num_ranks: int = 1) -> None:
         self.rank, self.num_ranks = rank, num_ranks
 
-    def prepare(self, model: Transformer) -> None:
-        """Distributes the parameters of a model whose weights are loaded, before its optimiser is made."""
+    def prepare(self, model: nn.Module, parts: Sequence[nn.Module]) -> None:
+        """Distributes the parameters of a model whose weights are loaded, before its optimiser is made.
 
-    def end_forward(self, model: Transformer) -> None:
+        parts: modules whose parameters are needed at one time, inner ones first.
+        """
+
+    def end_forward(self, model: nn.Module) -> None:
         """After every forward."""
 
-    def reduce_gradients(self, model: Transformer) -> None:
+    def reduce_gradients(self, model: nn.Module) -> None:
         """After the last backward of a step: gradients become those of all ranks' samples."""
 
-    def repack(self, model: Transformer) -> None:
+    def repack(self, model: Any) -> None:
         """Brings the packed storage up to date with the masters."""
         model.repack()
 
@@ -110,7 +114,7 @@ class ReplicatedRanks(Ranks):
 
     parallelism = "ddp"
 
-    def reduce_gradients(self, model: Transformer) -> None:
+    def reduce_gradients(self, model: nn.Module) -> None:
         for parameter in model.parameters():  # one by one: the order of a sum must not depend on when each is ready
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

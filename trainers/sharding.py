@@ -7,7 +7,7 @@ gradients up over the ranks right after; the functions here gather one parameter
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -27,17 +27,17 @@ class ShardedRanks(Ranks):
 
     parallelism = "fsdp"
 
-    def prepare(self, model: Transformer) -> None:
-        shard(model, self.num_ranks)
+    def prepare(self, model: nn.Module, parts: Sequence[nn.Module]) -> None:
+        shard(model, parts, self.num_ranks)
 
-    def end_forward(self, model: Transformer) -> None:
+    def end_forward(self, model: nn.Module) -> None:
         if not torch.is_grad_enabled():
             model.reshard()  # a backward would: what lies outside the layers stays gathered until then
 
-    def reduce_gradients(self, model: Transformer) -> None:
+    def reduce_gradients(self, model: nn.Module) -> None:
         model.reshard()  # where a forward with gradients had no backward
 
-    def repack(self, model: Transformer) -> None:
+    def repack(self, model: nn.Module) -> None:
         repack(model)
 
     def named_weights(self, model: Transformer) -> Iterator[tuple[str, torch.Tensor]]:
@@ -55,13 +55,13 @@ class ShardedRanks(Ranks):
         return part_like(whole, parameter)
 
 
-def shard(model: Transformer, num_ranks: int) -> None:
-    """Distributes the parameters of a model with masters, in place: each layer's together, and the rest.
+def shard(model: nn.Module, parts: Sequence[nn.Module], num_ranks: int) -> None:
+    """Distributes the parameters of a model with masters, in place: those of each part together, and the rest.
 
     fully_shard is called here and not left to accelerate, which on the CPU silently replicates the model instead.
     """
-    mesh = init_device_mesh(model.ops.device.type, (num_ranks,))
-    for module in (*model.layers, model):
+    mesh = init_device_mesh(next(model.parameters()).device.type, (num_ranks,))
+    for module in (*parts, model):
         fully_shard(module, mesh=mesh)
         module.set_gradient_divide_factor(1.0)  # losses are shares of the whole batch's, so gradients add up
         module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
@@ -85,8 +85,8 @@ def part_like(whole: torch.Tensor, parameter: DTensor) -> DTensor:
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def repack(model: Transformer) -> None:
-    """`Transformer.repack` of sharded masters: gathers them one at a time."""
+def repack(model: nn.Module) -> None:
+    """Brings the packed storage of sharded masters up to date: gathers them one at a time."""
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.ops.write_rows(module.packed, full(module.master), 0)

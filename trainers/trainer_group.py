@@ -1,4 +1,4 @@
-"""Trainer group: several trainer ranks behind the interface of the one GRPOActor.
+"""Trainer group: several trainer ranks behind the interface of the one GRPOActor or PPOActor.
 
 The group is a Ray actor that owns the ranks' actors, so they end with it. It hands every call to all ranks, whose
 exchanges then meet, and answers with rank 0's result. Each rank gets the whole batch and takes its own share
@@ -19,7 +19,7 @@ from engine.config import available_cores
 from rollout import PoolHandle, Rollout, SyncReport, logs
 from rollout.cluster import actor_env
 from rollout.sync_report import SyncMode
-from trainers.grpo_config import GRPOConfig
+from trainers.objective_config import ObjectiveConfig
 from trainers.trainer_rank import TrainerRank
 
 GRACE_SECONDS = 10.0  # for the other ranks to answer, once one has failed
@@ -38,7 +38,7 @@ class TrainerGroup:
     group with a TrainerRankError, at the latest trainer_timeout and a grace of 10 seconds after the failure.
     """
 
-    def __init__(self, config: GRPOConfig, pool: PoolHandle) -> None:
+    def __init__(self, config: ObjectiveConfig, pool: PoolHandle) -> None:
         logs.configure(pool=pool.pool_name, actor="trainer-group")
         self.failure: str | None = None
         self.ranks = [_start_rank(rank, config) for rank in range(config.num_trainer_ranks)]
@@ -46,11 +46,9 @@ class TrainerGroup:
         engine = pool.config
         self._on_all("start", meeting_place, engine.model, engine.numerics, config, pool, engine.device)
 
-    def step(
-        self, rollouts: Sequence[Rollout], advantages: Sequence[float], checked: Sequence[Rollout] = ()
-    ) -> dict[str, float]:
-        """GRPOActor.step on the ranks' shares of the rollouts; metrics are those of the whole batch."""
-        return self._call("step", rollouts, advantages, checked)
+    def step(self, rollouts: Sequence[Rollout], judged: Sequence[float], *others: Any) -> Any:
+        """GRPOActor.step or PPOActor.step on the ranks' shares of the rollouts; answers are of the whole batch."""
+        return self._call("step", rollouts, judged, *others)
 
     def sync(self, mode: SyncMode = "recompute") -> SyncReport:
         """Rank 0 hands the weights to every engine; sharded ones are gathered one at a time on the way."""
@@ -109,14 +107,15 @@ class TrainerGroup:
         ray.wait(ends, num_returns=len(ends), timeout=STOP_SECONDS)
 
 
-def start_trainer_group(config: GRPOConfig, pool: PoolHandle) -> Any:
-    """A Ray actor with GRPOActor's methods around config.num_trainer_ranks ranks on the pool's model."""
+def start_trainer_group(config: ObjectiveConfig, pool: PoolHandle) -> Any:
+    """A Ray actor around config.num_trainer_ranks ranks on the pool's model, with the methods of the one actor whose
+    config it is."""
     num_threads = config.num_threads or max(1, available_cores() // config.num_trainer_ranks)
     actor_class = ray.remote(num_cpus=0, runtime_env=actor_env(num_threads=1))(TrainerGroup)
     return actor_class.remote(replace(config, num_threads=num_threads), pool)
 
 
-def _start_rank(rank: int, config: GRPOConfig) -> Any:
+def _start_rank(rank: int, config: ObjectiveConfig) -> Any:
     actor_class = ray.remote(num_cpus=0, runtime_env=actor_env(config.num_threads))(TrainerRank)
     return actor_class.remote(rank, config.num_trainer_ranks)
 

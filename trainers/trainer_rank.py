@@ -1,4 +1,4 @@
-"""Trainer rank: the Ray actor of one of several GRPOActors; its environment is complete before it is one.
+"""Trainer rank: the Ray actor of one of several GRPOActors or PPOActors; its environment is complete before it is one.
 
 Nothing here may import accelerate at the top: it reads RANK, WORLD_SIZE and MASTER_* once.
 """
@@ -14,7 +14,8 @@ import ray
 
 from engine.computation import Device, Numerics
 from rollout import PoolHandle, logs
-from trainers.grpo_config import GRPOConfig
+from trainers.objective_config import ObjectiveConfig
+from trainers.ppo_config import PPOConfig
 
 Address = tuple[str, int]
 
@@ -40,11 +41,11 @@ class TrainerRank:
         meeting_place: Address,
         model: str,
         numerics: Numerics,
-        config: GRPOConfig,
+        config: ObjectiveConfig,
         pool: PoolHandle,
         device: Device,
     ) -> None:
-        """Meets the other ranks and loads the model; see GRPOActor."""
+        """Meets the other ranks and loads the model; see GRPOActor and PPOActor."""
         assert "accelerate" not in sys.modules, "accelerate was imported before this rank's environment was complete"
         host, port = meeting_place
         places = {"RANK": self.rank, "WORLD_SIZE": self.num_ranks, "MASTER_ADDR": host, "MASTER_PORT": port}
@@ -52,10 +53,18 @@ class TrainerRank:
         places |= {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
         os.environ.update({name: str(value) for name, value in places.items()})
         logs.configure(pool=pool.pool_name, actor=f"trainer-{self.rank}")
-        from trainers.grpo_actor import GRPOActor
-
-        self.trainer = GRPOActor(model, numerics, config, pool, device)
+        self.trainer = _actor_class(config)(model, numerics, config, pool, device)
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """A method of this rank's GRPOActor."""
+        """A method of this rank's trainer."""
         return getattr(self.trainer, method)(*arguments)
+
+
+def _actor_class(config: ObjectiveConfig) -> Any:
+    if isinstance(config, PPOConfig):
+        from trainers.ppo_actor import PPOActor
+
+        return PPOActor
+    from trainers.grpo_actor import GRPOActor
+
+    return GRPOActor

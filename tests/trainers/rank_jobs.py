@@ -147,6 +147,23 @@ def _train_grpo(model: str, config, rollouts: list, advantages: list, checkpoint
     return found
 
 
+def train_ppo(model: str, config, rollouts: list, scores: list, checkpoint: Path) -> dict[str, Any]:
+    """Two steps of a PPO actor; between them it saves itself, and another takes the second step again from there."""
+    from trainers.ppo_actor import PPOActor
+
+    actor = PPOActor(model, "float32", config, Pool())
+    found = {"first": actor.step(rollouts, scores)}
+    facts = actor.save_checkpoint(str(checkpoint))
+    found["critic"] = {name: tensor.clone() for name, tensor in actor.critic.named_weights()}
+    found["second"] = actor.step(rollouts, scores)
+    resumed = PPOActor(model, "float32", config, Pool())
+    resumed.load_checkpoint(str(checkpoint), facts)
+    found["loaded_critic"] = {name: tensor.clone() for name, tensor in resumed.critic.named_weights()}
+    found["second_resumed"] = resumed.step(rollouts, scores)
+    found["num_bytes"] = local_bytes(actor.critic.model.parameters())
+    return found
+
+
 class Pool:
     """Stands where a pool's handle does: takes the weights, and tells what it was given."""
 

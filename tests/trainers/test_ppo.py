@@ -55,6 +55,11 @@ def lagged(local_ray, engine_config) -> SimpleNamespace:
     return run(engine_config, mode="lagged")
 
 
+@pytest.fixture(scope="module")
+def two_ranks(local_ray, engine_config) -> SimpleNamespace:
+    return run(engine_config, num_trainer_ranks=2, trainer_parallelism="fsdp")
+
+
 def settled(history: list[dict[str, float]]) -> list[dict[str, str]]:
     """Without what depends on the clock; as text, since NaN equals nothing."""
     return [
@@ -63,7 +68,9 @@ def settled(history: list[dict[str, float]]) -> list[dict[str, str]]:
     ]
 
 
-@pytest.mark.parametrize("mode", ["synchronous", pytest.param("lagged", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mode", ["synchronous", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lagged", "two_ranks"))]
+)
 def test_mismatch_and_the_first_ratios_difference_from_one_are_exactly_zero(mode, request):
     steps = request.getfixturevalue(mode).history[1:]
     assert [metrics["policy_version"] for metrics in steps] == [1, 2, 3, 4]

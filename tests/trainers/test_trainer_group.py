@@ -15,7 +15,7 @@ from ray.exceptions import RayTaskError
 from reward_functions import has_letter_e
 
 from rollout import EngineConfig, RolloutPool, SamplingParams
-from trainers import GRPOConfig, GRPOTrainer, Policy, PPOConfig
+from trainers import GRPOConfig, GRPOTrainer, Policy
 from trainers.trainer_group import TrainerRankError, start_trainer_group
 
 PROMPTS = ["what is it? ", "it is ", "so "]
@@ -176,8 +176,3 @@ def test_wrong_settings_of_ranks_are_named(field):
     ((name, value),) = field.items()
     with pytest.raises(ValueError, match=f"{name}={value!r}"):
         GRPOConfig(**field)
-
-
-def test_ppo_says_that_it_trains_on_one_rank():
-    with pytest.raises(ValueError, match=r"num_trainer_ranks=2 must be 1: PPO's critic trains in one process so far"):
-        PPOConfig(num_trainer_ranks=2)
