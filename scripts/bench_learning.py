@@ -7,6 +7,7 @@ run that has ended is not made again, one that was under way is taken up from it
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from recipes.run_directory import METRICS
+from recipes.run_directory import CHECKPOINTS, METRICS
 from scripts.timing import ROOT, write_json
 
 EXPECTED, MISMATCH = "eval/expected_reward", "mismatch/logprob_abs_diff_max"
@@ -113,6 +114,7 @@ def make(run: Run, directory: Path) -> Outcome:
     if not marker.exists():
         subprocess.run(run.command(directory), cwd=ROOT, check=True)
         marker.touch()
+        shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)  # gigabytes that nobody goes on from
     lines = (directory / METRICS).read_text().splitlines()
     return outcome(run.name, [json.loads(line) for line in lines])
 

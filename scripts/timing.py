@@ -156,7 +156,7 @@ def summary(results: Mapping[str, Sequence[float]], ours: Sequence[str]) -> dict
     }
 
 
-PLACES = ("output", "peer_python", "command", "platform")  # they say where a benchmark ran, not what it measured
+PLACES = ("output", "directory", "picture", "peer_python", "command", "platform")  # they say where a benchmark ran, not what it measured
 
 
 def write_json(path: Path, benchmark: str, options: Any, figures: Mapping[str, Any]) -> None:
