@@ -156,7 +156,8 @@ def summary(results: Mapping[str, Sequence[float]], ours: Sequence[str]) -> dict
     }
 
 
-PLACES = ("output", "directory", "picture", "peer_python", "command", "platform")  # they say where a benchmark ran, not what it measured
+# They say where a benchmark ran, not what it measured.
+PLACES = ("output", "directory", "picture", "peer_python", "command", "platform")
 
 
 def write_json(path: Path, benchmark: str, options: Any, figures: Mapping[str, Any]) -> None:

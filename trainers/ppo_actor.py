@@ -51,7 +51,7 @@ class PPOActor(TrainerActor):
     config: PPOConfig
 
     def __init__(
-        self, model: str, numerics: Numerics, config: PPOConfig, pool: PoolHandle, device: Device = "cpu"
+        self, model: str, numerics: Numerics, config: PPOConfig, pool: PoolHandle, device: Device = "auto"
     ) -> None:
         """See TrainerActor."""
         super().__init__(model, numerics, config, pool, device)

@@ -52,9 +52,16 @@ def kill_after(run: Run, step: int, seconds: float, num_steps: int) -> int:
     return run.kill()
 
 
+def checkpoints(run: Run) -> set[Path]:
+    """Complete ones, and those that are being written."""
+    return set(run.output_dir.glob("checkpoints/*step-*"))
+
+
 def kill_in_a_checkpoint(run: Run, seconds: float) -> int:
     """Kills while a checkpoint is written, or soon after it if the machine is faster than this loop."""
-    while run.process.poll() is None and not list(run.output_dir.glob("checkpoints/.partial-step-*")):
+    before = checkpoints(run)  # what the kill before this one left half written among them
+    while not checkpoints(run) - before:
+        assert run.process.poll() is None, "the run ended without another checkpoint"
         time.sleep(0.001)
     time.sleep(seconds)
     return run.kill()
@@ -211,7 +218,9 @@ def test_a_run_killed_over_and_over_goes_on_to_the_same_end(
         if number % 2:
             kill_in_a_checkpoint(run, chance.random() / 20)
         else:
-            time.sleep(chance.uniform(5, 40))
+            for _ in range(chance.randint(1, 3)):
+                run.wait_for(f"/{num_steps} |")
+            time.sleep(chance.random() / 5)
             run.kill()
     run = resume()
     printed = run.wait()
