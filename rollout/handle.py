@@ -219,8 +219,8 @@ class PoolHandle:
     def abort(self, group_ids: Sequence[str]) -> None:
         """Ends running groups: whoever waits for them gets what they have, with finish_reason "abort".
 
-        A group that is on its way to an engine is waited for. Raises ValueError for an id that is not running, EngineError
-        for a group that reaches none within 60 seconds.
+        A group that is on its way to an engine is waited for. Raises ValueError for an id that is not running,
+        EngineError for a group that reaches no engine within 60 seconds.
         """
         self._ask("abort", list(group_ids))
 
