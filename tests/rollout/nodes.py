@@ -11,7 +11,6 @@ import pickle
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,13 +25,11 @@ from safetensors.torch import load_file
 
 from engine import EngineConfig, SamplingParams
 from rollout import EngineError, RolloutPool
+from tests.rollout.waiting import IDS, LONG, PROMPTS, in_order, wait_for, wait_for_tokens
 
 SMALL = {"object_store_memory": 100 * 2**20}
 QUICK_TO_NOTICE = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000}  # Ray's own period is 3 s
 PARAMS = SamplingParams(n=2, max_tokens=12, ignore_eos=True)
-LONG = SamplingParams(n=2, max_tokens=200, ignore_eos=True)
-PROMPTS = [[7 + i, 11, 13 + i, 17] for i in range(16)]
-IDS = [f"p{i}" for i in range(len(PROMPTS))]
 SEED = 5
 
 
@@ -80,29 +77,8 @@ def started(directory: Path, num_nodes: int, head_cpus: int = 0) -> Iterator[Nod
         nodes.cluster.shutdown()
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
-
-
-def wait_for_tokens(pool: RolloutPool) -> None:
-    """Until every engine has drawn some more."""
-    before = [stats.num_generated_tokens for stats in pool.stats().engines]
-    wait_for(
-        lambda: all(
-            now.num_generated_tokens > start + 50 for now, start in zip(pool.stats().engines, before, strict=True)
-        )
-    )
-
-
 def wait_for_engines(pool: RolloutPool, num_engines: int) -> None:
     wait_for(lambda: len(pool.engine_infos) == num_engines)
-
-
-def in_order(stream: Any) -> list:
-    return sorted(stream, key=lambda group: IDS.index(group[0].group_id))
 
 
 def a_node_dies(directory: Path) -> dict[str, Any]:

@@ -11,14 +11,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 
 from engine import SamplingParams
 from rollout import EpisodeRunner, Observation, PoolDrainingError, RolloutPool, draining_on_sigterm
 from rollout.journal import read_journal
 from rollout.journal_format import JournalledGroup
-from tests.rollout.test_faults import IDS, LONG, PARAMS, PROMPTS, in_order, wait_for, wait_for_tokens
+from tests.rollout.test_faults import PARAMS
+from tests.rollout.waiting import IDS, LONG, PROMPTS, has_ended, in_order, wait_for, wait_for_tokens
 
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
 ENDLESS = SamplingParams(n=2, max_tokens=480, ignore_eos=True)
@@ -118,7 +118,7 @@ class Loop:
         printed, errors = self.process.communicate(timeout=120)
         assert self.process.returncode == 143, errors
         assert "Traceback" not in errors
-        wait_for(lambda: not any(psutil.pid_exists(pid) for pid in self.pids))
+        wait_for(lambda: all(has_ended(pid) for pid in self.pids))
         return printed
 
     def journalled_groups(self) -> list[JournalledGroup]:

@@ -8,36 +8,15 @@ import threading
 import time
 from dataclasses import dataclass
 
-import psutil
 import pytest
 import ray
 
 from engine import LLMEngine, SamplingParams
 from rollout import EngineError, RolloutPool
 from rollout.switch import LOST_CALLER_SECONDS
+from tests.rollout.waiting import IDS, LONG, PROMPTS, has_ended, in_order, wait_for, wait_for_tokens
 
 PARAMS = SamplingParams(n=2, max_tokens=24, ignore_eos=True)
-LONG = SamplingParams(n=2, max_tokens=200, ignore_eos=True)
-PROMPTS = [[7 + i, 11, 13 + i, 17] for i in range(16)]
-IDS = [f"p{i}" for i in range(len(PROMPTS))]
-
-
-def wait_for(condition, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.005)
-
-
-def wait_for_tokens(pool: RolloutPool) -> None:
-    """Until every engine has drawn some more."""
-    before = [stats.num_generated_tokens for stats in pool.stats().engines]
-
-    def have_drawn() -> bool:
-        now = [stats.num_generated_tokens for stats in pool.stats().engines]
-        return all(after > start + 50 for start, after in zip(before, now, strict=True))
-
-    wait_for(have_drawn)
 
 
 def kill(pool: RolloutPool, place: int = 0) -> None:
@@ -81,10 +60,6 @@ def whole_pool(pool):
     pool.check_integrity()
 
 
-def in_order(stream) -> list:
-    return sorted(stream, key=lambda group: IDS.index(group[0].group_id))
-
-
 def test_a_killed_engine_is_replaced_and_its_rollouts_are_the_same_bits(whole_pool, undisturbed):
     before = whole_pool.stats()
     stream = whole_pool.stream(PROMPTS, LONG, group_ids=IDS)
@@ -122,7 +97,7 @@ def test_scaling_down_and_up_while_groups_run_changes_no_bit(whole_pool, undistu
     stream = whole_pool.stream(PROMPTS, LONG, group_ids=IDS)
     wait_for_tokens(whole_pool)
     assert [info.pid for info in whole_pool.scale(1)] == pids[:1]
-    wait_for(lambda: not psutil.pid_exists(pids[1]))
+    wait_for(lambda: has_ended(pids[1]))
     assert len(whole_pool.scale(2)) == 2
     assert in_order(stream) == undisturbed
     assert whole_pool.stats().num_restarts == before
@@ -264,4 +239,4 @@ list(stream)
     assert len(pids) == 2
     driver.kill()
     driver.wait()
-    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+    wait_for(lambda: all(has_ended(pid) for pid in pids))

@@ -12,7 +12,8 @@ import pytest
 from safetensors.torch import save_file
 
 from rollout import RolloutPool
-from tests.rollout.nodes import IDS, LONG, PARAMS, PROMPTS, SEED
+from tests.rollout.nodes import PARAMS, SEED
+from tests.rollout.waiting import IDS, LONG, PROMPTS
 
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
 NUM_VERSIONS = 3

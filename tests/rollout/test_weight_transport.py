@@ -29,6 +29,8 @@ from rollout.weight_transport import (
     deliver,
     keep_weights,
 )
+from tests.recipes.recipe_runs import is_agent
+from tests.rollout.waiting import has_ended, wait_for
 
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
 SHAPES = {"embed": (300, 70), "norm": (61,), "down": (70, 130), "bias": (1,), "up": (130, 70)}
@@ -369,7 +371,7 @@ node_id = ray.get_runtime_context().get_node_id()
 store = start_weight_stores([node_id])[node_id]
 address = ray.get(store.begin.remote("s", 8 << 20))
 map_segment(address, is_writable=True)[:] = 1
-processes = [process.pid for process in psutil.Process().children(recursive=True)]
+processes = [child.pid for child in psutil.Process().children(recursive=True)]
 print(json.dumps({"store": ray.get(store.info.remote()).pid, "processes": processes}), flush=True)
 time.sleep(600)
 """
@@ -379,15 +381,20 @@ def test_nothing_is_left_behind_by_a_driver_that_is_killed():
     before = set(os.listdir("/dev/shm"))
     driver = start_script(LEFT_BEHIND)
     started = json.loads(driver.stdout.readline())
-    store = psutil.Process(started["store"])
     assert not any("lockstep" in name for name in os.listdir("/dev/shm"))
     driver.kill()
     driver.wait()
-    _, alive = psutil.wait_procs([store], timeout=60)
-    assert not alive
+    wait_for(lambda: has_ended(started["store"]))
     assert not {name for name in set(os.listdir("/dev/shm")) - before if "lockstep" in name}
-    for pid in started["processes"]:
-        assert not psutil.pid_exists(pid) or "ray" in " ".join(psutil.Process(pid).cmdline())
+    assert started["store"] in started["processes"]
+    wait_for(lambda: all(has_ended(pid) or is_agent(command_line(pid)) for pid in started["processes"]))
+
+
+def command_line(pid: int) -> str:
+    try:
+        return " ".join(psutil.Process(pid).cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
 
 
 TWO_NODES = """
