@@ -101,6 +101,14 @@ def actor_env(num_threads: int) -> dict[str, dict[str, str]]:
     return {"env_vars": {**threads, "OMP_WAIT_POLICY": "PASSIVE", **logs.worker_env(), **_import_path()}}
 
 
+def helper_env() -> dict[str, dict[str, str]]:
+    """Ray's runtime_env of an actor that computes nothing: where our packages are, and how it logs. Where neither
+    needs saying it is empty, and Ray takes one of the processes that it holds ready.
+    """
+    variables = {**logs.worker_env(), **_import_path()}
+    return {"env_vars": variables} if variables else {}
+
+
 def _import_path() -> dict[str, str]:
     """PYTHONPATH for workers, where they would not find our packages by themselves.
 

@@ -18,7 +18,7 @@ from rollout.draining import Drain
 from rollout.engine_actor import EngineInfo
 from rollout.errors import EngineError, Loss, is_loss, translate
 from rollout.fleet import EngineRef, EngineSpec, Fault, Fleet, Slot
-from rollout.journalling import Journalling
+from rollout.journalling import Journalling, JournalPlan
 from rollout.metrics import EXPORT_SECONDS, PoolMetrics
 from rollout.requests import Partials
 from rollout.router import Assignment, Routed, Router
@@ -50,6 +50,14 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PoolFacts:
+    """What the handles of a pool know of it once its first engines serve."""
+
+    engine_info: EngineInfo  # of one engine; the others differ in process, node and threads alone
+    journalling: Journalling | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PoolStats:
     """A pool at one moment; counters are since it was built."""
 
@@ -71,6 +79,8 @@ class PoolCoordinator:
         logs.configure(pool=spec.pool_name, actor="coordinator")
         self._router = Router()
         self._metrics = PoolMetrics(spec.pool_name)
+        self._is_open = asyncio.Event()
+        self._facts: PoolFacts | Exception | None = None
         self._exporter: asyncio.Task | None = None
         self._looked_at: dict[int, asyncio.Task] = {}  # engines whose stats are on their way
         self._fleet = Fleet(spec, self._catch_up, self._on_serving, self._on_lost)
@@ -82,6 +92,25 @@ class PoolCoordinator:
         self._handing_over: dict[int, asyncio.Event] = {}  # engines that retire
 
     # --- engines ---
+
+    async def open(self, num_engines: int, journal: JournalPlan | None) -> None:
+        """Starts the first engines. From then on handles may work, and switches are written down in the journal."""
+        try:
+            [first, *_] = await self.scale(num_engines)
+            journalling = None if journal is None else journal.begin(first)
+            if journalling is not None:
+                self._switch.keep_journal(journalling)
+            self._facts = PoolFacts(engine_info=first, journalling=journalling)
+        except Exception as error:
+            self._facts = error
+        self._is_open.set()
+
+    async def facts(self) -> PoolFacts:
+        """Waits for the first engines; raises what kept them from starting."""
+        await self._is_open.wait()
+        if isinstance(self._facts, Exception):
+            raise self._facts
+        return self._facts
 
     async def scale(self, num_engines: int) -> list[EngineInfo]:
         """Starts or ends engines; the groups of those that end go on elsewhere. What the serving engines say."""
@@ -274,10 +303,6 @@ class PoolCoordinator:
 
     async def commit(self, sync_id: str, mode: SyncMode, checksum: bytes, num_bytes: int = 0) -> list[CommitReport]:
         return await self._switch.commit(sync_id, mode, checksum, num_bytes)
-
-    async def keep_journal(self, journalling: Journalling) -> None:
-        """From now on switches are written down."""
-        self._switch.keep_journal(journalling)
 
     async def weight_stores(self) -> dict[str, Any]:
         """WeightStore actors by node id; none before the first sync that needs them."""

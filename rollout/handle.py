@@ -23,11 +23,10 @@ from engine.prompts import as_prompts, per_prompt_params
 from engine.tokenizer import Prompt, load_tokenizer
 from rollout import requests
 from rollout.buffer import Buffered, BufferStats, RolloutBuffer, StalenessLimit
-from rollout.coordinator import PoolStats
+from rollout.coordinator import PoolFacts, PoolStats
 from rollout.engine_actor import EngineInfo
 from rollout.errors import translate
 from rollout.journal import Journal
-from rollout.journalling import Journalling
 from rollout.metrics import HandleMetrics
 from rollout.progress import GroupProgress, stderr_console
 from rollout.requests import GroupRequest
@@ -48,19 +47,15 @@ class PoolHandle:
         config: EngineConfig,
         seed: int,
         vocab_size: int,
-        engine_info: EngineInfo,
         coordinator: Any,
         staleness_limit: StalenessLimit | None = None,
-        journalling: Journalling | None = None,
         pool_name: str = "pool",
     ) -> None:
         self.config = config
         self.seed = seed  # of the run; with a group's id it fixes the group's samples
         self.vocab_size = vocab_size
-        self.engine_info = engine_info  # of one engine; the others differ in process, node and threads alone
         self.coordinator = coordinator  # PoolCoordinator handle
         self.staleness_limit = staleness_limit
-        self.journalling = journalling
         self.pool_name = pool_name  # as its actors' names begin, and its metrics are labelled
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,6 +72,16 @@ class PoolHandle:
     def policy_version(self) -> int:
         """The version that the engines draw under, whoever synced it."""
         return self._ask("policy_version")
+
+    @cached_property
+    def facts(self) -> PoolFacts:
+        """What is known of the pool once its first engines serve; waits for them."""
+        return self._ask("facts")
+
+    @property
+    def engine_info(self) -> EngineInfo:
+        """Of one engine; the others differ in process, node and threads alone."""
+        return self.facts.engine_info
 
     @property
     def kernel_fingerprint(self) -> str:
@@ -327,7 +332,8 @@ class PoolHandle:
 
     @cached_property
     def _journal(self) -> Journal | None:
-        return None if self.journalling is None else self.journalling.open_journal()
+        journalling = self.facts.journalling
+        return None if journalling is None else journalling.open_journal()
 
     @property
     def _note_delivered(self) -> Callable[[list[Rollout]], None]:

@@ -9,10 +9,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine import EngineConfig
+from rollout.engine_actor import EngineInfo
 from rollout.journal import Journal, JournalHeader
 
 if TYPE_CHECKING:  # it brings torch, which the coordinator seldom needs
     from rollout.weight_archive import WeightArchive
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JournalPlan:
+    """What a pool's owner says of its journal; the rest is known when the first engine is."""
+
+    run_directory: Path
+    model_directory: Path
+    config: EngineConfig
+    seed: int
+    keep_weights_every: int | None
+    keep_last: int | None
+
+    def begin(self, engine_info: EngineInfo) -> Journalling:
+        header = JournalHeader.from_config(
+            self.config,
+            seed=self.seed,
+            kernel_fingerprint=engine_info.kernel_fingerprint,
+            weights_checksum=engine_info.weights_checksum,
+        )
+        return Journalling(
+            run_directory=self.run_directory,
+            header=header,
+            model_directory=self.model_directory,
+            keep_weights_every=self.keep_weights_every,
+            keep_last=self.keep_last,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
@@ -17,12 +18,11 @@ from engine.config import available_cores
 from engine.model_config import ModelConfig
 from rollout import cluster
 from rollout.buffer import OnStale, StalenessLimit
-from rollout.coordinator import PoolCoordinator
+from rollout.coordinator import PoolCoordinator, PoolFacts
 from rollout.engine_actor import EngineFactory, EngineInfo
 from rollout.fleet import EngineSpec, wait_until_dead
 from rollout.handle import PoolHandle
-from rollout.journal import JournalHeader
-from rollout.journalling import Journalling
+from rollout.journalling import JournalPlan
 from rollout.weight_transport import TRANSPORTS, WeightTransport
 
 MAX_SEED = 2**64 - 1
@@ -50,6 +50,8 @@ class RolloutPool(PoolHandle):
             `keep_last` of them; None keeps none.
         name: of the pool's actors, `NAME/coordinator` and `NAME/engine-I.LIFE`; made up if left out.
         engine_factory: builds what each actor steps; None builds an `LLMEngine`.
+        wait_until_ready: False returns while the engines start, so that a trainer may start beside them; what needs
+            them waits, as does `wait_until_ready()`.
 
     Raises ValueError for a model or option that cannot work, EngineError if an engine does not start.
     """
@@ -74,6 +76,7 @@ class RolloutPool(PoolHandle):
         keep_last: int | None = None,
         name: str | None = None,
         engine_factory: EngineFactory | None = None,
+        wait_until_ready: bool = True,
     ) -> None:
         _check_options(num_engines, seed, engine_cpus, engine_gpus, placement)
         if weight_transport not in TRANSPORTS:
@@ -113,17 +116,35 @@ class RolloutPool(PoolHandle):
                 config=config,
                 seed=seed,
                 vocab_size=model_config.vocab_size,
-                engine_info=None,
                 coordinator=self._coordinator,
                 staleness_limit=limit,
                 pool_name=spec.pool_name,
             )
-            starting = self.coordinator.scale.remote(num_engines)
-            self.tokenizer  # noqa: B018  (loaded meanwhile; a broken one is an error of the start)
-            self.engine_info = self._get(starting)[0][0]
             if journal is not None:
-                self.journalling = _journalling(self, directory, Path(journal), keep_weights_every, keep_last)
-                self._ask("keep_journal", self.journalling)
+                journal = JournalPlan(
+                    run_directory=Path(journal).expanduser().resolve(),
+                    model_directory=directory,
+                    config=self.config,
+                    seed=seed,
+                    keep_weights_every=keep_weights_every,
+                    keep_last=keep_last,
+                )
+            self.coordinator.open.remote(num_engines, journal)
+            if wait_until_ready:
+                self.wait_until_ready()
+        except BaseException:
+            self.shutdown()
+            raise
+
+    def wait_until_ready(self) -> None:
+        """Returns once the engines serve that the pool was made with. Raises EngineError if one does not start."""
+        self.facts  # noqa: B018
+
+    @cached_property
+    def facts(self) -> PoolFacts:
+        try:
+            self.tokenizer  # noqa: B018  (loaded meanwhile; a broken one is an error of the start)
+            return self._ask("facts")
         except BaseException:
             self.shutdown()
             raise
@@ -134,10 +155,8 @@ class RolloutPool(PoolHandle):
             config=self.config,
             seed=self.seed,
             vocab_size=self.vocab_size,
-            engine_info=self.engine_info,
             coordinator=self.coordinator,
             staleness_limit=self.staleness_limit,
-            journalling=self.journalling,
             pool_name=self.pool_name,
         )
 
@@ -149,6 +168,7 @@ class RolloutPool(PoolHandle):
         """
         _check_num_engines(num_engines)
         _check_capacity(num_engines, self._resources)
+        self.wait_until_ready()
         return self._ask("scale", num_engines)
 
     def __reduce__(self) -> Any:
@@ -252,31 +272,13 @@ def _placement_group(num_engines: int, resources: dict[str, float], strategy: Pl
     return group
 
 
-def _journalling(
-    pool: RolloutPool, model_directory: Path, directory: Path, keep_weights_every: int | None, keep_last: int | None
-) -> Journalling:
-    header = JournalHeader.from_config(
-        pool.config,
-        seed=pool.seed,
-        kernel_fingerprint=pool.kernel_fingerprint,
-        weights_checksum=pool.engine_info.weights_checksum,
-    )
-    return Journalling(
-        run_directory=directory.expanduser().resolve(),
-        header=header,
-        model_directory=model_directory,
-        keep_weights_every=keep_weights_every,
-        keep_last=keep_last,
-    )
-
-
 def _start_coordinator(spec: EngineSpec, weight_transport: WeightTransport) -> Any:
     """On the caller's node, whose end is the pool's end in any case."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return PoolCoordinator.options(
         name=f"{spec.pool_name}/coordinator",
         scheduling_strategy=here,
-        runtime_env=cluster.actor_env(num_threads=1),
+        runtime_env=cluster.helper_env(),
     ).remote(spec, weight_transport)
 
 

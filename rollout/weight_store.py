@@ -192,7 +192,7 @@ def start_weight_stores(node_ids: Sequence[str], pool: str = "pool") -> dict[str
     return {
         node_id: WeightStore.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-            runtime_env=cluster.actor_env(num_threads=1),
+            runtime_env=cluster.helper_env(),
         ).remote(pool)
         for node_id in dict.fromkeys(node_ids)
     }

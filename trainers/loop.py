@@ -238,7 +238,8 @@ class TrainingLoop:
             pool = stack.enter_context(self._pool())
             self.gpu_shares.require_room(config.num_engines, ray.cluster_resources().get("GPU", 0.0))
             stack.enter_context(_sigterm_as_interrupt())
-            trainer = stack.enter_context(_ending(self.start_trainer(pool)))
+            trainer = stack.enter_context(_ending(self.start_trainer(pool)))  # beside the engines
+            pool.wait_until_ready()
             yield Crew(pool=pool, trainer=trainer, scorer=scorer, source=self._source(pool))
 
     def _pool(self) -> RolloutPool:
@@ -255,6 +256,7 @@ class TrainingLoop:
             journal=config.journal_dir,
             keep_weights_every=config.keep_weights_every,
             keep_last=config.keep_last,
+            wait_until_ready=False,
         )
 
     def _source(self, pool: RolloutPool) -> RolloutSource:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,6 +29,9 @@ from trainers.optimizer import MasterOptimizer
 from trainers.ranks import COLLECTIVE_SECONDS, NamedTensor, make_ranks, require_ranks_on_cpu, start_accelerator
 from trainers.recomputation import RecomputedLayer
 from trainers.schedule import LearningRateSchedule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MODEL_FOLDER, OPTIMIZER_FILE = "model", "optimizer.safetensors"  # of a checkpoint
 
@@ -85,7 +89,6 @@ class Policy:
         ops = make_ops(numerics, device)
         self.kernel_fingerprint: str = ops.fingerprint()
         self.directory = resolve_model(model)
-        self.tokenizer = load_tokenizer(self.directory)
         self.ranks = make_ranks(start_accelerator(collective_seconds), parallelism)
         require_ranks_on_cpu(self.ranks.num_ranks, Computation.resolve(numerics, device).device_name)
         self.ranks.require_equal("kernel fingerprints", self.kernel_fingerprint)
@@ -105,6 +108,11 @@ class Policy:
             ranks=self.ranks,
         )
         self.policy_version = 0  # of the weights as others may have them
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The model's, None where it has none; read when it is first needed."""
+        return load_tokenizer(self.directory)
 
     def token_logprobs(self, batch: PackedBatch) -> torch.Tensor:
         """Log-probabilities of the batch's targets, [C] float32 on the CPU, differentiable."""

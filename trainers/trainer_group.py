@@ -17,7 +17,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from engine.config import available_cores
 from rollout import PoolHandle, Rollout, SyncReport, logs
-from rollout.cluster import actor_env
+from rollout.cluster import actor_env, helper_env
 from rollout.sync_report import SyncMode
 from trainers.objective_config import ObjectiveConfig
 from trainers.trainer_rank import TrainerRank
@@ -111,7 +111,7 @@ def start_trainer_group(config: ObjectiveConfig, pool: PoolHandle) -> Any:
     """A Ray actor around config.num_trainer_ranks ranks on the pool's model, with the methods of the one actor whose
     config it is."""
     num_threads = config.num_threads or max(1, available_cores() // config.num_trainer_ranks)
-    actor_class = ray.remote(num_cpus=0, runtime_env=actor_env(num_threads=1))(TrainerGroup)
+    actor_class = ray.remote(num_cpus=0, runtime_env=helper_env())(TrainerGroup)
     return actor_class.remote(replace(config, num_threads=num_threads), pool)
 
 

@@ -140,7 +140,9 @@ TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 
 
-@pytest.mark.parametrize(("depth", "num_steps"), [(1, 1), (2, 1), (2, 4)])
+@pytest.mark.parametrize(
+    ("depth", "num_steps"), [*(pytest.param(depth, 1, marks=pytest.mark.slow) for depth in (1, 2)), (2, 4)]
+)
 def test_ten_thousand_random_requests_leave_every_block_free(depth, num_steps):
     generator = random.Random(0)
     limits = Limits(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -8,12 +9,15 @@ import threading
 import time
 from dataclasses import dataclass
 
+import psutil
 import pytest
 import ray
+from safetensors.torch import save_file
 
 from engine import LLMEngine, SamplingParams
 from rollout import EngineError, RolloutPool
 from rollout.switch import LOST_CALLER_SECONDS
+from tests.recipes.recipe_runs import is_agent
 from tests.rollout.waiting import IDS, LONG, PROMPTS, has_ended, in_order, wait_for, wait_for_tokens
 
 PARAMS = SamplingParams(n=2, max_tokens=24, ignore_eos=True)
@@ -73,6 +77,7 @@ def test_a_killed_engine_is_replaced_and_its_rollouts_are_the_same_bits(whole_po
     assert "died" in stats.faults[-1].cause
 
 
+@pytest.mark.slow
 def test_all_engines_may_die_at_once(whole_pool, undisturbed):
     stream = whole_pool.stream(PROMPTS, LONG, group_ids=IDS)
     wait_for_tokens(whole_pool)
@@ -133,7 +138,7 @@ def test_tokens_of_an_older_version_survive_their_engine(whole_pool, versions, m
         assert rollout.logprobs == [under[v][i] for i, v in enumerate(rollout.policy_versions)]
 
 
-@pytest.mark.parametrize("mode", ["recompute", "wait"])
+@pytest.mark.parametrize("mode", ["recompute", pytest.param("wait", marks=pytest.mark.slow)])
 def test_an_engine_killed_in_a_sync_costs_nothing(whole_pool, versions, make_weights, forward_logprobs, mode):
     old, new = versions.next(), versions.next()
     weights = {version: make_weights(version) for version in (old, new)}
@@ -195,6 +200,7 @@ def test_a_step_that_hangs_is_named_with_its_phase_and_requests(local_ray, confi
     assert "1 groups open (slow)" in fault.cause
 
 
+@pytest.mark.slow
 def test_a_group_that_ends_every_engine_is_given_up_with_the_cause(local_ray, config):
     class Failing(LLMEngine):
         def step(self):
@@ -208,6 +214,7 @@ def test_a_group_that_ends_every_engine_is_given_up_with_the_cause(local_ray, co
         assert len(pool.generate([[5, 6]], PARAMS)[0]) == PARAMS.n  # the pool goes on
 
 
+@pytest.mark.slow
 def test_an_engine_that_cannot_come_back_is_an_error_with_its_cause(local_ray, config, tmp_path):
     class Once(LLMEngine):
         def __init__(self, config):
@@ -225,18 +232,42 @@ def test_an_engine_that_cannot_come_back_is_an_error_with_its_cause(local_ray, c
         assert [fault.phase for fault in pool.stats().faults] == ["serve", "start", "start", "start"]
 
 
-def test_the_death_of_the_driver_ends_its_engines(config, tmp_path):
-    script = f"""
-import sys; sys.path.insert(0, {os.getcwd()!r})
+DRIVER = """
+import json, sys
+import psutil
 from rollout import EngineConfig, RolloutPool, SamplingParams
-pool = RolloutPool(EngineConfig({config.model!r}, num_threads=1, num_blocks=512), num_engines=2)
+from safetensors.torch import load_file
+
+pool = RolloutPool(EngineConfig(sys.argv[1], num_threads=1, num_blocks=512), num_engines=2)
+pool.sync_weights(load_file(sys.argv[2]), 1)
 stream = pool.stream([[5, 6]] * 64, SamplingParams(max_tokens=400, ignore_eos=True))
-print(*(info.pid for info in pool.engine_infos), flush=True)
+print(json.dumps([process.pid for process in psutil.Process().children(recursive=True)]), flush=True)
 list(stream)
 """
-    driver = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
-    pids = [int(pid) for pid in driver.stdout.readline().split()]
-    assert len(pids) == 2
+
+
+def test_nothing_is_left_behind_by_a_driver_that_is_killed(config, make_weights, tmp_path):
+    """What engines and stores of weights shared is memory without a name, which ends with those that hold it."""
+    weights = tmp_path / "weights.safetensors"
+    save_file(dict(make_weights(1)), weights)
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, config.model, str(weights)],
+        cwd=tmp_path, env=without_ray_address() | {"PYTHONPATH": os.getcwd()}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    started = json.loads(driver.stdout.readline())
+    roles = [role for pid in started for role in ("EngineActor", "WeightStore") if role in command_line(pid)]
+    assert sorted(roles) == ["EngineActor", "EngineActor", "WeightStore"]
     driver.kill()
     driver.wait()
-    wait_for(lambda: all(has_ended(pid) for pid in pids))
+    wait_for(lambda: all(has_ended(pid) or is_agent(command_line(pid)) for pid in started))
+
+
+def without_ray_address() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+
+
+def command_line(pid: int) -> str:
+    try:
+        return " ".join(psutil.Process(pid).cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""

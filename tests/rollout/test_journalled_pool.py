@@ -45,8 +45,19 @@ def check_replays(directory, collected) -> None:
     assert report.num_tokens == sum(len(rollout.token_ids) for group in collected for rollout in group)
 
 
-def test_a_run_with_kills_and_moving_weights_is_drawn_again_to_the_bit(local_ray, config, make_weights, tmp_path):
-    orders, moments = Orders(tmp_path / "orders"), {2: "step", 3: "commit", 4: "delivery", 5: "staging"}
+@pytest.mark.parametrize(
+    "moments",
+    [
+        {2: "step", 3: "commit"},
+        pytest.param({2: "step", 3: "commit", 4: "delivery", 5: "staging"}, marks=pytest.mark.slow),
+    ],
+    ids=len,
+)
+def test_a_run_with_kills_and_moving_weights_is_drawn_again_to_the_bit(
+    local_ray, config, make_weights, tmp_path, moments
+):
+    """moments: at which an engine is killed, by the version that the engines take next."""
+    orders = Orders(tmp_path / "orders")
     orders.directory.mkdir()
     run_directory = tmp_path / "run"
     with RolloutPool(
@@ -56,7 +67,7 @@ def test_a_run_with_kills_and_moving_weights_is_drawn_again_to_the_bit(local_ray
         collected = run_asynchronously(
             pool,
             lambda version: dying_amid(make_weights(version), orders, lambda: [info.pid for info in pool.engine_infos]),
-            num_versions=6,
+            num_versions=max(moments) + 1,
             before_version=lambda version: orders.give(moments[version]) if version in moments else None,
         )
         assert pool.buffer_stats().num_stale_dropped == 0

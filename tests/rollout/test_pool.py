@@ -286,9 +286,12 @@ def test_two_pools_in_one_process_share_neither_ids_nor_weights(pool, single, ro
     single.check_integrity()
 
 
-def test_a_dead_pool_is_named(local_ray, config):
-    with RolloutPool(config, num_engines=1) as pool:
-        handle = pool.handle()
+def test_a_pool_may_be_left_to_start_and_a_dead_one_is_named(local_ray, config, rollouts):
+    with RolloutPool(config, num_engines=1, seed=SEED, wait_until_ready=False) as pool:
+        assert pool.engine_infos == []
+        handle = pickle.loads(pickle.dumps(pool.handle()))
+        assert handle.generate(PROMPTS[:2], PARAMS, group_ids=IDS[:2]) == rollouts[:2]
+        assert len(pool.engine_infos) == 1
     pool.shutdown()  # once more does nothing
     assert ray.is_initialized()
     with pytest.raises(EngineError, match="the pool's coordinator died"):
@@ -301,6 +304,11 @@ def test_an_engine_that_cannot_start_is_an_error_of_the_constructor(local_ray, c
 
     with pytest.raises(EngineError, match="engine 0 failed: OSError: no room for it"):
         RolloutPool(config, engine_factory=broken)
+    with RolloutPool(config, engine_factory=broken, wait_until_ready=False) as pool:
+        handle = pool.handle()
+        for ready in (lambda: handle.kernel_fingerprint, pool.wait_until_ready):
+            with pytest.raises(EngineError, match="engine 0 failed: OSError: no room for it"):
+                ready()
 
 
 @pytest.mark.parametrize(

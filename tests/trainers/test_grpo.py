@@ -62,7 +62,8 @@ def test_every_step_moves_and_syncs_the_weights(run):
     assert versions == {2}  # the last batch was drawn under the weights of two updates
 
 
-@pytest.mark.parametrize("name", [pytest.param("gspo", marks=pytest.mark.slow), "reinforce_pp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gspo", "reinforce_pp"])
 def test_other_algorithms_train_in_lockstep(local_ray, engine_config, name):
     settings = {field: getattr(CONFIG, field) for field in ("num_prompts", "group_size", "max_tokens", "learning_rate")}
     config = GRPOConfig.for_algorithm(name, num_steps=2, num_threads=1, **settings)
@@ -117,28 +118,21 @@ def test_the_final_weights_are_those_of_the_last_version(run, engine_config):
     assert expected != run.history[0]["eval/expected_reward"]
 
 
-def test_the_same_seed_gives_the_same_run_whatever_the_engines(run, engine_config):
-    config, one_thread = dataclasses.replace(CONFIG, num_engines=2), dataclasses.replace(engine_config, num_threads=1)
-    again = GRPOTrainer(config, one_thread, ROWS, has_letter_e, EVAL_ROWS)
-    for first, second in zip(run.history, again.train(), strict=True):
-        for name in first.keys() - {"step"}:
-            if not name.startswith(("timing_s/", "perf/", "weight_sync/")):
-                assert first[name] == second[name], name
-    token_ids = [[r.token_ids for r in group] for group in run.trainer.batch.groups]
-    assert token_ids == [[r.token_ids for r in group] for group in again.batch.groups]
-
-
-def test_a_run_goes_on_from_a_checkpoint_with_the_metrics_of_one_that_never_ended(run, engine_config, tmp_path):
-    saving = dataclasses.replace(CONFIG, num_steps=2, checkpoint_dir=str(tmp_path), checkpoint_every=1)
+def test_other_engines_and_a_checkpoint_between_give_the_same_run(run, engine_config, tmp_path):
+    """Two steps on two engines of one thread, and the third, from the checkpoint, on one engine of two."""
+    saving = dataclasses.replace(CONFIG, num_steps=2, num_engines=2, checkpoint_dir=str(tmp_path), checkpoint_every=1)
     phases = []
-    first = GRPOTrainer(saving, engine_config, ROWS, has_letter_e, EVAL_ROWS, on_phase=phases.append)
+    one_thread = dataclasses.replace(engine_config, num_threads=1)
+    first = GRPOTrainer(saving, one_thread, ROWS, has_letter_e, EVAL_ROWS, on_phase=phases.append)
     assert bits_of(first.train()) == bits_of(run.history[:3])
     assert phases.count("checkpoint") == 2
 
-    longer = dataclasses.replace(saving, num_steps=3, num_engines=2, resume="auto")
+    longer = dataclasses.replace(saving, num_steps=3, num_engines=1, resume="auto")
     second = GRPOTrainer(longer, engine_config, ROWS, has_letter_e, EVAL_ROWS)
     assert second.checkpoints.start.step == 2
     assert bits_of(second.train()) == bits_of(run.history[3:])
+    token_ids = [[r.token_ids for r in group] for group in run.trainer.batch.groups]
+    assert token_ids == [[r.token_ids for r in group] for group in second.batch.groups]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000003"]
     with pytest.raises(ValueError, match=r"step-000003 was made with .*seed=1 \(now 2\)"):
         GRPOTrainer(dataclasses.replace(longer, seed=2), engine_config, ROWS, has_letter_e, EVAL_ROWS)
@@ -178,6 +172,7 @@ def test_a_failing_reward_function_is_masked_and_counted_and_the_run_goes_on(loc
     assert history[3]["mismatch/logprob_abs_diff_max"] == 0.0
 
 
+@pytest.mark.slow
 def test_a_reward_that_hangs_is_masked_and_counted_and_the_run_goes_on(local_ray, engine_config):
     rows = [{**row, "level": "hard" if i == 0 else "easy"} for i, row in enumerate(ROWS[:4])]
     config = dataclasses.replace(CONFIG, num_steps=2, group_size=3, reward_timeout=1.0, reward_processes=2)
@@ -188,6 +183,7 @@ def test_a_reward_that_hangs_is_masked_and_counted_and_the_run_goes_on(local_ray
     assert [metrics["mismatch/logprob_abs_diff_max"] for metrics in history[1:]] == [0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_shuffled_rewards_are_dealt_out_anew_and_groups_without_spread_are_only_compared(local_ray, engine_config):
     calls = []
 
@@ -206,7 +202,8 @@ def test_shuffled_rewards_are_dealt_out_anew_and_groups_without_spread_are_only_
     assert metrics["mismatch/logprob_abs_diff_max"] == 0.0
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_with_nothing_left_running(engine_config, tmp_path, signum):
     script = tmp_path / "run.py"
     script.write_text(
@@ -280,6 +277,7 @@ def test_samples_of_a_part_of_the_distribution_are_drawn_at_temperature_one():
         GRPOConfig(temperature=0.7, top_p=0.9)
 
 
+@pytest.mark.slow
 def test_prompts_of_mixed_kinds_and_groups_of_one_train_in_lockstep(local_ray, engine_config):
     """Batches that the data set's rows do not divide into, of text, ids and messages; a sample is its own baseline."""
     rows = [{"prompt": "what is "}, {"prompt": [9, 8, 7]}, {"prompt": [{"role": "user", "content": "the sum?"}]}]

@@ -81,6 +81,7 @@ def is_running(process_id: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_run_on_sharded_ranks_is_exact_and_saves_its_weights(local_ray, model, tmp_path):
     config = dataclasses.replace(CONFIG, output_dir=str(tmp_path))
     trainer = GRPOTrainer(config, EngineConfig(model=model, num_threads=1), ROWS, has_letter_e, eval_rows=ROWS[:1])
@@ -148,13 +149,7 @@ def test_a_rank_that_hangs_is_named_after_the_timeout(start, pool):
     assert are_gone(group.process_ids, 20)
 
 
-def test_ranks_end_with_their_group(start):
-    group = start()
-    ray.kill(group.actor)
-    assert are_gone(group.process_ids, 20)
-
-
-def test_mistakes_that_all_ranks_see_and_refused_weights_leave_the_group_in_step(start, pool):
+def test_a_group_survives_mistakes_that_all_ranks_see_and_its_ranks_end_with_it(start, pool):
     """Comes last of those that use the pool, whose weights it moves to version 1."""
     group = start(trainer_parallelism="fsdp")
     rollouts, advantages = draw(pool, 0)
@@ -169,6 +164,8 @@ def test_mistakes_that_all_ranks_see_and_refused_weights_leave_the_group_in_step
     assert ask(group.actor.sync).policy_version == 1
     fresh, advantages = draw(pool, 1)
     assert ask(group.actor.step, fresh[:1], advantages[:1], fresh[1:])["mismatch/logprob_abs_diff_max"] == 0.0
+    ray.kill(group.actor)
+    assert are_gone(group.process_ids, 20)
 
 
 @pytest.mark.parametrize("field", [{"num_trainer_ranks": 0}, {"trainer_timeout": 0.0}, {"trainer_parallelism": "tp"}])
