@@ -222,6 +222,7 @@ def test_a_group_becomes_requests_of_their_own():
     assert load.arrivals[0].prompt_token_ids == load.arrivals[2].prompt_token_ids != load.arrivals[3].prompt_token_ids
 
 
+@pytest.mark.slow
 def test_a_comparison_has_a_row_of_every_variant_and_its_ratio_in_each_turn():
     options = {"num_blocks": 200, "max_num_batched_tokens": 64, "num_threads": 1}
     setting = Setting(model=TINY, max_model_len=64, options=options, step_seconds=0.001)
@@ -253,6 +254,7 @@ def test_growth_of_a_power_is_its_exponent():
     assert overhead.growth_exponent([1, 4, 16], [1.0, 16.0, 256.0]) == pytest.approx(2.0)
 
 
+@pytest.mark.slow
 def test_the_hosts_work_is_measured_on_steps_that_decode():
     assert 0 < overhead.scheduler_milliseconds(4) < overhead.scheduler_milliseconds(64)
     for is_v0 in (True, False):

@@ -12,6 +12,7 @@ import pytest
 from scripts import bench_grpo_step, bench_rollout, timing
 
 
+@pytest.mark.slow
 def test_rollout_benchmark_times_every_contender_on_the_same_jobs(tiny_model_dir: Callable[..., Path], tmp_path: Path):
     loads = [
         dataclasses.replace(

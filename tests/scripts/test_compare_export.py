@@ -31,6 +31,7 @@ def test_only_a_near_tie_may_go_another_way(theirs: list[int], is_good: bool, nu
     assert not compare("reader", [sample([1, 2, 3], other=9, behind=0.1)], [[1, 9, 7]]).is_good
 
 
+@pytest.mark.slow
 def test_transformers_writes_what_the_engine_writes(tiny_model_dir: Callable[..., Path], tmp_path: Path):
     main(Options(model=str(tiny_model_dir("llama")), num_prompts=4, max_tokens=8, output=tmp_path / "export.json"))
     [figures] = json.loads((tmp_path / "export.json").read_text())["readers"]

@@ -66,9 +66,8 @@ def test_every_example_is_short_and_is_run_here():
         assert len([line for line in lines if line.strip() and not line.startswith('"""')]) < 40, name
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "asynchronous.py" else pytest.param(name, marks=pytest.mark.slow) for name in LOCKSTEP]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOCKSTEP)
 def test_an_example_trains_in_lockstep(name: str, tiny_model_dir: Callable[..., Path], local_ray: None):
     code = (EXAMPLES / name).read_text()
     assert LOCKSTEP[name] in code

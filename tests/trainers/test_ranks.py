@@ -151,7 +151,7 @@ def test_the_expected_reward_is_the_same_bits_on_any_number_of_ranks(steps, tiny
     assert [step["expected_reward"] for step in steps.ranks] == [rank_jobs.expected_reward(one)] * world.num_ranks
 
 
-@pytest.mark.parametrize("writer", ["ranks", "one"])
+@pytest.mark.parametrize("writer", ["ranks", pytest.param("one", marks=pytest.mark.slow)])
 def test_any_number_of_ranks_goes_on_from_a_checkpoint_of_any_number(steps, writer, tiny_model_dir, tmp_path):
     """A checkpoint does not know how many ranks saved it: each finds the same bits in it."""
     world = steps.world
