@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,24 +11,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 from ray.exceptions import RayError
 
 from engine import EngineConfig, SamplingParams
 from engine.checkpoint import resolve_model
 from engine.model import NamedTensors
-from engine.prompts import as_prompts, per_prompt_params
+from engine.prompts import as_prompts
 from engine.tokenizer import Prompt, load_tokenizer
-from rollout import requests
 from rollout.buffer import Buffered, BufferStats, RolloutBuffer, StalenessLimit
 from rollout.coordinator import PoolFacts, PoolStats
 from rollout.engine_actor import EngineInfo
 from rollout.errors import translate
+from rollout.group_maker import GroupMaker
 from rollout.journal import Journal
 from rollout.metrics import HandleMetrics
 from rollout.progress import GroupProgress, stderr_console
-from rollout.requests import GroupRequest
 from rollout.rollout import Rollout
 from rollout.stream import RolloutStream
 from rollout.submission import QUEUED_BATCHES, PendingGroup, Submission
@@ -60,7 +57,7 @@ class PoolHandle:
 
     def __getstate__(self) -> dict[str, Any]:
         # what is made where it is needed: the tokenizer, and this process's own submissions
-        made_here = ("tokenizer", "_buffer", "_background", "_journal", "_metrics")
+        made_here = ("tokenizer", "_buffer", "_maker", "_background", "_journal", "_metrics")
         return {name: value for name, value in self.__dict__.items() if name not in made_here}
 
     @cached_property
@@ -137,10 +134,10 @@ class PoolHandle:
         than that; it takes one `params` and neither ids nor metadata, and its groups are named gN/0, gN/1, ...
         """
         if isinstance(prompts, Iterator):
-            reserved, groups = self._groups_of_iterator(prompts, params, group_ids, metadata)
+            reserved, groups = self._maker.of_iterator(prompts, params, group_ids, metadata)
             num_groups = None
         else:
-            reserved, groups = self._groups_of_list(prompts, params, group_ids, metadata)
+            reserved, groups = self._maker.of_list(prompts, params, group_ids, metadata)
             num_groups = len(reserved)
         submission = Submission(self.coordinator, groups, reserved, self.config.max_num_seqs)
         stream = RolloutStream(
@@ -167,7 +164,7 @@ class PoolHandle:
         num_prompts = len(as_prompts(prompts))
         if not self.has_capacity(num_prompts):
             self._buffer.refuse(num_prompts)
-        reserved, groups = self._groups_of_list(prompts, params, group_ids, metadata)
+        reserved, groups = self._maker.of_list(prompts, params, group_ids, metadata)
         self._buffer.submit(list(groups))
         return reserved
 
@@ -341,75 +338,16 @@ class PoolHandle:
         journal = self._journal
         return _note_nothing if journal is None else journal.write_group
 
-    def _groups_of_list(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None,
-        group_ids: Sequence[str] | None,
-        metadata: Sequence[Mapping[str, Any]] | None,
-    ) -> tuple[list[str], Iterator[PendingGroup]]:
-        """Everything that can be wrong with a call is found here, before anything is sent."""
-        encoded = [np.array(self._encode(place, prompt), np.int32) for place, prompt in enumerate(as_prompts(prompts))]
-        all_params = per_prompt_params(params, len(encoded))
-        all_metadata = requests.per_prompt_metadata(metadata, len(encoded))
-        for one in set(all_params):
-            self._check_num_samples(one)
-        reserved = self._ask("reserve", requests.per_prompt_group_ids(group_ids, len(encoded)))
-        columns = zip(itertools.count(), reserved, encoded, all_params, all_metadata)
-        return reserved, (
-            self._pending_group(place, group_id, token_ids.tolist(), one, row)
-            for place, group_id, token_ids, one, row in columns
-        )
-
-    def _groups_of_iterator(
-        self,
-        prompts: Iterator[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None,
-        group_ids: Sequence[str] | None,
-        metadata: Sequence[Mapping[str, Any]] | None,
-    ) -> tuple[list[str], Iterator[PendingGroup]]:
-        if group_ids is not None or metadata is not None or isinstance(params, Sequence):
-            raise ValueError(
-                "an iterator of prompts takes one params for all, and neither group_ids nor metadata: give a list"
-            )
-        one = params or SamplingParams()
-        self._check_num_samples(one)
-        reserved = self._ask("reserve", [None])
-        return reserved, (
-            self._pending_group(place, f"{reserved[0]}/{place}", self._encode(place, prompt), one, {})
-            for place, prompt in enumerate(prompts)
-        )
-
-    def _encode(self, place: int, prompt: Prompt) -> list[int]:
-        max_model_len = self.engine_info.max_model_len
-        return requests.encode_prompt(self.tokenizer, place, prompt, self.vocab_size, max_model_len)
-
-    def _check_num_samples(self, params: SamplingParams) -> None:
-        if params.n > self.config.max_num_seqs:
-            raise ValueError(
-                f"n={params.n} samples are more than an engine's max_num_seqs={self.config.max_num_seqs}: lower n, or "
-                "raise max_num_seqs"
-            )
-
-    def _pending_group(
-        self,
-        place: int,
-        group_id: str,
-        prompt_token_ids: list[int],
-        params: SamplingParams,
-        metadata: Mapping[str, Any],
-    ) -> PendingGroup:
-        request = GroupRequest(
-            group_id=group_id,
-            prompt_token_ids=prompt_token_ids,
-            params=requests.seeded(params, self.seed, group_id),
-        )
-        return PendingGroup(
-            position=place,
-            request=request,
-            sampling_params=params,
-            metadata=metadata,
+    @cached_property
+    def _maker(self) -> GroupMaker:
+        return GroupMaker(
+            tokenizer=self.tokenizer,
+            seed=self.seed,
+            vocab_size=self.vocab_size,
+            max_model_len=self.engine_info.max_model_len,
+            max_num_seqs=self.config.max_num_seqs,
             kernel_fingerprint=self.kernel_fingerprint,
+            reserve=lambda group_ids: self._ask("reserve", group_ids),
         )
 
     # --- weights ---
