@@ -38,7 +38,7 @@ class Recorder:
         self.token_texts, self.tracker = token_texts, tracker
         self.progress = display.progress
         self.report = Report.read(run.path)
-        for line in run.history:  # of a run that is gone on with
+        for line in run.resumed:
             self.progress.add(int(line["step"]), line)
 
     def record(self, metrics: Mapping[str, float], batch: Batch | None, environment: Mapping[str, Any]) -> None:

@@ -38,6 +38,7 @@ RECORDED_PACKAGES = ("torch", "numpy", "ray", "transformers", "accelerate", "dat
                      "reasoning_gym", "math-verify", "tyro", "rich", "triton")  # fmt: skip
 NOT_REPEATED = ("config", "output_dir", "overwrite", "resume")  # options that belong to one run only
 GIT_SECONDS = 5
+MEAN_REWARD, EXPECTED_REWARD = "reward/mean", "eval/expected_reward"  # what the picture shows
 
 
 class RunDirectory:
@@ -50,7 +51,8 @@ class RunDirectory:
 
     def __init__(self, path: Path, overwrite: bool = False, after_step: int | None = None) -> None:
         self.path = path
-        self.history: list[dict[str, Any]] = []  # the lines of metrics.jsonl
+        self.resumed: list[dict[str, Any]] = []  # the lines of metrics.jsonl that are gone on with
+        self._rewards: list[dict[str, Any]] = []  # what the curve shows of each line; a long run has many
         self.has_metrics = False  # whether this process has logged any
         self.num_cut_lines = 0
         if path.exists() and not path.is_dir():
@@ -79,7 +81,7 @@ class RunDirectory:
 
     def log_metrics(self, metrics: Mapping[str, Any]) -> None:
         line = {name: _json_number(value) for name, value in metrics.items()}
-        self.history.append(line)
+        self._rewards.append(_rewards_of(line))
         self.has_metrics = True
         self._append(METRICS, [line])
 
@@ -88,7 +90,7 @@ class RunDirectory:
 
     def draw_reward_curve(self, title: str) -> None:
         """Draws what metrics.jsonl holds; without a figure to draw it does nothing."""
-        draw_reward_curve(self.history, self.path / REWARD_CURVE, title)
+        draw_reward_curve(self._rewards, self.path / REWARD_CURVE, title)
 
     def close(self) -> None:
         for file in self._files.values():
@@ -113,7 +115,7 @@ class RunDirectory:
             lines, num_cut = cut_back(self.path / name, step)
             self.num_cut_lines += num_cut
             if name == METRICS:
-                self.history = lines
+                self.resumed, self._rewards = lines, [_rewards_of(line) for line in lines]
 
     def _remove_run(self) -> None:
         """Removes a run's own files, and nothing else that may be there."""
@@ -190,10 +192,14 @@ def processor_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def _rewards_of(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: line[name] for name in ("step", MEAN_REWARD, EXPECTED_REWARD) if line.get(name) is not None}
+
+
 def draw_reward_curve(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Reward of each step with its running mean, and the expected reward where it was measured, as a PNG."""
-    reward = _series(history, "reward/mean")
-    expected = _series(history, "eval/expected_reward")
+    reward = _series(history, MEAN_REWARD)
+    expected = _series(history, EXPECTED_REWARD)
     if not reward and not expected:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -233,7 +239,7 @@ def running_mean(values: Sequence[float], decay: float = 0.8) -> list[float]:
 
 
 def _series(history: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
-    return [(line["step"], line[name]) for line in history if line.get(name) is not None]
+    return [(line["step"], line[name]) for line in history if name in line]
 
 
 def _parsed(raw_line: bytes) -> dict[str, Any] | None:

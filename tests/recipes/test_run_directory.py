@@ -72,7 +72,7 @@ def test_a_run_goes_on_after_a_step_and_what_was_written_beyond_is_cut_off(tmp_p
         file.write('{"step": 4, "completion": "cut of')
     run = RunDirectory(tmp_path, after_step=2)
     assert run.num_cut_lines == 2 + 4
-    assert [line["step"] for line in run.history] == [0, 1, 2]
+    assert [line["step"] for line in run.resumed] == [0, 1, 2]
     assert not run.has_metrics  # of this process
     run.log_metrics({"step": 3, "reward/mean": 0.5})
     assert run.has_metrics
@@ -84,7 +84,7 @@ def test_a_torn_line_is_cut_off_even_if_it_is_the_last_to_keep(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}')
     assert RunDirectory(tmp_path, after_step=5).num_cut_lines == 1
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n'
-    assert RunDirectory(tmp_path / "new", after_step=5).history == []
+    assert RunDirectory(tmp_path / "new", after_step=5).resumed == []
 
 
 @pytest.mark.parametrize(
