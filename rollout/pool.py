@@ -137,17 +137,16 @@ class RolloutPool(PoolHandle):
             raise
 
     def wait_until_ready(self) -> None:
-        """Returns once the engines serve that the pool was made with. Raises EngineError if one does not start."""
+        """Returns once the engines serve that the pool was made with.
+
+        Raises EngineError if one does not start; the pool is then good for nothing but `shutdown()`.
+        """
         self.facts  # noqa: B018
 
     @cached_property
     def facts(self) -> PoolFacts:
-        try:
-            self.tokenizer  # noqa: B018  (loaded meanwhile; a broken one is an error of the start)
-            return self._ask("facts")
-        except BaseException:
-            self.shutdown()
-            raise
+        self.tokenizer  # noqa: B018  (loaded meanwhile; a broken one is an error of the start)
+        return self._ask("facts")
 
     def handle(self) -> PoolHandle:
         """A picklable handle, with which any actor or task may generate and sync."""

@@ -203,6 +203,33 @@ def test_shuffled_rewards_are_dealt_out_anew_and_groups_without_spread_are_only_
 
 
 @pytest.mark.slow
+def test_an_engine_that_cannot_start_is_the_error_that_ends_a_run_with_a_ray_of_its_own(engine_config, tmp_path):
+    """The trainer, which starts beside the engines, is ended before the Ray that both are in."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        from rollout import EngineConfig
+        from trainers import GRPOConfig, GRPOTrainer
+
+        engine_config = EngineConfig(model={engine_config.model!r}, num_threads=1, kv_cache_memory_bytes=1)
+        config = GRPOConfig(num_steps=1, num_prompts=2, group_size=2, max_tokens=4, num_threads=1)
+        try:
+            GRPOTrainer(config, engine_config, [{{"prompt": "it is "}}], lambda completions: None).train()
+        except ValueError as error:
+            import ray
+            print(ray.is_initialized(), error)
+        """)
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    result = subprocess.run(
+        [sys.executable, str(script)],
+        env=environment | {"PYTHONPATH": os.getcwd()}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("False kv_cache_memory_bytes=1 holds no block")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_with_nothing_left_running(engine_config, tmp_path, signum):
     script = tmp_path / "run.py"
