@@ -72,7 +72,7 @@ def start(options: Options, is_waited_for: bool) -> float:
 
 
 def table(seconds: dict[str, list[float]], options: Options) -> Table:
-    title = f"start of {options.num_engines} engines and a trainer, {options.model}, {options.num_rounds} rounds"
+    title = f"start of {options.num_engines} engines and a trainer, {options.model}"
     shown = Table("order", "median seconds", "least", "most", "ratio", title=title, box=SIMPLE_HEAD)
     base = statistics.median(seconds[next(iter(ORDERS))])
     for order, taken in seconds.items():
