@@ -18,11 +18,12 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from recipes.run_directory import EXPECTED_REWARD
+
 Metrics = Mapping[str, float]
 DisplayMode = Literal["auto", "live", "plain"]
 
 REWARD = "reward/mean"
-EXPECTED_REWARD = "eval/expected_reward"
 RESPONSE_LENGTH = "response_length/mean"
 ROLLOUT_SPEED = "perf/rollout_tokens_per_second"
 TRAIN_SPEED = "perf/train_tokens_per_second"

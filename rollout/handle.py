@@ -268,10 +268,11 @@ class PoolHandle:
         """
         start = time.perf_counter()
         check_sync_options(policy_version, mode)
+        shapes = self.engine_info.weight_shapes  # waits for the pool's start, and so for its journal, before it begins
         sync_id = uuid.uuid4().hex
         here = ray.get_runtime_context().get_node_id()
         route = self._ask("begin_sync", sync_id, policy_version, rollback, here)
-        sender = WeightSender(self.engine_info.weight_shapes)
+        sender = WeightSender(shapes)
         with self._ending_sync_on_failure(sync_id):
             self._deliver(route, sync_id, sender, named_tensors)
 

@@ -7,7 +7,7 @@ import socket
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine import EngineConfig
 from rollout.engine_actor import EngineInfo
@@ -27,6 +27,12 @@ class JournalPlan:
     seed: int
     keep_weights_every: int | None
     keep_last: int | None
+
+    @classmethod
+    def of_run(cls, run_directory: str | Path, model_directory: Path, **options: Any) -> JournalPlan:
+        """With an absolute path, since the processes that write have other working directories."""
+        path = Path(run_directory).expanduser().resolve()
+        return cls(run_directory=path, model_directory=model_directory, **options)
 
     def begin(self, engine_info: EngineInfo) -> Journalling:
         header = JournalHeader.from_config(

@@ -89,6 +89,8 @@ class RolloutPool(PoolHandle):
         model_config = ModelConfig.from_directory(directory)
         config.resolve_max_model_len(model_config)
         config = _with_absolute_model(config)
+        keep = {"keep_weights_every": keep_weights_every, "keep_last": keep_last}
+        plan = None if journal is None else JournalPlan.of_run(journal, directory, config=config, seed=seed, **keep)
         self._coordinator: Any = None
         self._placement_group: Any = None
         self._resources = {"CPU": engine_cpus, "GPU": engine_gpus}
@@ -120,16 +122,7 @@ class RolloutPool(PoolHandle):
                 staleness_limit=limit,
                 pool_name=spec.pool_name,
             )
-            if journal is not None:
-                journal = JournalPlan(
-                    run_directory=Path(journal).expanduser().resolve(),
-                    model_directory=directory,
-                    config=self.config,
-                    seed=seed,
-                    keep_weights_every=keep_weights_every,
-                    keep_last=keep_last,
-                )
-            self.coordinator.open.remote(num_engines, journal)
+            self.coordinator.open.remote(num_engines, plan)
             if wait_until_ready:
                 self.wait_until_ready()
         except BaseException:

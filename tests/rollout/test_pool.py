@@ -11,9 +11,11 @@ import pytest
 import ray
 
 from engine import EngineConfig, LLMEngine, SamplingParams
+from engine.checkpoint import iter_weights
 from engine.prompts import derive_seed
 from engine.tokenizer import encode
 from rollout import EngineError, PoolHandle, RolloutPool
+from rollout.journal import read_journal
 from rollout.submission import Submission
 
 SEED = 7
@@ -285,12 +287,16 @@ def test_two_pools_in_one_process_share_neither_ids_nor_weights(pool, single, ro
     single.check_integrity()
 
 
-def test_a_pool_may_be_left_to_start_and_a_dead_one_is_named(local_ray, config, rollouts):
-    with RolloutPool(config, num_engines=1, seed=SEED, wait_until_ready=False) as pool:
+def test_a_pool_may_be_left_to_start_and_a_dead_one_is_named(local_ray, config, rollouts, tmp_path):
+    with RolloutPool(config, num_engines=1, seed=SEED, journal=tmp_path, wait_until_ready=False) as pool:
         assert pool.engine_infos == []
         handle = pickle.loads(pickle.dumps(pool.handle()))
-        assert handle.generate(PROMPTS[:2], PARAMS, group_ids=IDS[:2]) == rollouts[:2]
-        assert len(pool.engine_infos) == 1
+        report = handle.sync_weights(dict(iter_weights(config.model)), 1)
+        assert len(report.pause_seconds) == len(pool.engine_infos) == 1
+        [group, *_] = handle.generate(PROMPTS[:2], PARAMS, group_ids=IDS[:2])
+        assert [(r.token_ids, r.logprobs) for r in group] == [(r.token_ids, r.logprobs) for r in rollouts[0]]
+        assert set(group[0].policy_versions) == {1}
+    assert [switch.policy_version for switch in read_journal(tmp_path).switches()] == [1]
     pool.shutdown()  # once more does nothing
     assert ray.is_initialized()
     with pytest.raises(EngineError, match="the pool's coordinator died"):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import signal
@@ -15,6 +14,7 @@ from ray.exceptions import RayTaskError
 from reward_functions import has_letter_e
 
 from rollout import EngineConfig, RolloutPool, SamplingParams
+from tests.rollout.waiting import has_ended, wait_for
 from trainers import GRPOConfig, GRPOTrainer, Policy
 from trainers.trainer_group import TrainerRankError, start_trainer_group
 
@@ -64,21 +64,6 @@ def draw(pool, version: int):
     groups = pool.generate(PROMPTS, PARAMS, group_ids=[f"v{version}-{time.monotonic_ns()}-{p}" for p in range(3)])
     rollouts = [rollout for group in groups for rollout in group]
     return rollouts, [(-1.0) ** i for i in range(len(rollouts))]
-
-
-def are_gone(process_ids, seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if not any(is_running(process_id) for process_id in process_ids):
-            return True
-        time.sleep(0.1)
-    return False
-
-
-def is_running(process_id: int) -> bool:
-    with contextlib.suppress(OSError), open(f"/proc/{process_id}/stat") as file:
-        return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    return False
 
 
 @pytest.mark.slow
@@ -131,7 +116,7 @@ def test_a_rank_killed_in_a_step_is_named_and_the_others_end(start, pool, parall
     with pytest.raises(TrainerRankError, match=r"trainer rank 1 died.*of 2 ranks, in step"):
         ask(group.actor.step, rollouts, advantages)
     assert time.monotonic() - begin < 2 + CONFIG.trainer_timeout + 30
-    assert are_gone(group.process_ids, 10)
+    wait_for(lambda: all(map(has_ended, group.process_ids)), 10)
     with pytest.raises(TrainerRankError, match="rank 1 died"):
         ask(group.actor.sync)
 
@@ -146,7 +131,7 @@ def test_a_rank_that_hangs_is_named_after_the_timeout(start, pool):
     with pytest.raises(TrainerRankError, match="rank 1 did not answer; rank 0 raised"):
         ask(group.actor.step, rollouts, advantages)
     assert time.monotonic() - begin < 2 + 5 + 10 + 40
-    assert are_gone(group.process_ids, 20)
+    wait_for(lambda: all(map(has_ended, group.process_ids)), 20)
 
 
 def test_a_group_survives_mistakes_that_all_ranks_see_and_its_ranks_end_with_it(start, pool):
@@ -165,7 +150,7 @@ def test_a_group_survives_mistakes_that_all_ranks_see_and_its_ranks_end_with_it(
     fresh, advantages = draw(pool, 1)
     assert ask(group.actor.step, fresh[:1], advantages[:1], fresh[1:])["mismatch/logprob_abs_diff_max"] == 0.0
     ray.kill(group.actor)
-    assert are_gone(group.process_ids, 20)
+    wait_for(lambda: all(map(has_ended, group.process_ids)), 20)
 
 
 @pytest.mark.parametrize("field", [{"num_trainer_ranks": 0}, {"trainer_timeout": 0.0}, {"trainer_parallelism": "tp"}])
